@@ -31,18 +31,19 @@ $(READY): $(LOCKED) pyproject.toml
 	  { echo "$$problems"; echo 'The lock files do not fit pyproject.toml: run make lock.'; exit 1; } >&2
 	@touch $@
 
-.PHONY: prepare evolve sft merge reward reference dpo run plan inspect
+.PHONY: prepare evolve sft merge reward reference dpo ppo run plan inspect
 prepare: ## turn a recipe's raw data into the dataset it trains on
 evolve: ## make instructions harder and rarer with a model (Evol-Instruct)
 sft: ## fine-tune on the demonstrations (runs prepare first if need be)
 merge: ## write a policy's adapter into its base
 reward: ## learn a reward model from ranked replies
 reference: ## compute the reference's log-probabilities, for dpo to reuse
+ppo: ## raise a reward of the policy's own answers (PPO)
 dpo: ## learn from preferences without a reward model (DPO, KTO and others)
 run: ## run every stage of a recipe
 plan: ## show what a recipe would run and what it would reuse
 inspect: ## show its dataset, what is learned in colour; args="--row 17", args="--html page.html"
-prepare evolve sft merge reward reference dpo run plan inspect: $(READY)
+prepare evolve sft merge reward reference dpo ppo run plan inspect: $(READY)
 	@$(BIN)/ftpipe $@ $(RECIPE) $(ARGS)
 
 .PHONY: recipes doctor

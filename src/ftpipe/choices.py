@@ -235,3 +235,14 @@ class Normalize(StrEnum):
 class Weighting(StrEnum):
     tokens = "tokens"
     sequences = "sequences"
+
+
+class RewardKind(StrEnum):
+    model = "model"
+    function = "function"
+
+
+class ValueStart(StrEnum):
+    auto = "auto"
+    reward = "reward"
+    policy = "policy"

@@ -35,6 +35,7 @@ from ftpipe.choices import (
     WandbMode,
 )
 from ftpipe.errors import ConfigError, require, unknown
+from ftpipe.ppo_config import PpoConfig
 from ftpipe.training_config import DpoConfig, RewardConfig, SftConfig
 
 
@@ -328,6 +329,7 @@ class RunConfig:
     sft: SftConfig = field(default_factory=SftConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     dpo: DpoConfig = field(default_factory=DpoConfig)
+    ppo: PpoConfig = field(default_factory=PpoConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
@@ -340,7 +342,7 @@ class RunConfig:
         plain_name = re.fullmatch(r"[\w+-][\w.+-]*", self.name) is not None  # of a folder
         require(plain_name, "name", repr(self.name), "letters, digits, and . _ + -")
         require(0 <= self.seed < 2**32, "seed", self.seed, "in [0, 2^32)")
-        training = (self.sft, self.reward, self.dpo)
+        training = (self.sft, self.reward, self.dpo, self.ppo)
         for part in (self.model, self.adapter, self.data, self.evolve, *training, self.launch):
             part.check()
         require(

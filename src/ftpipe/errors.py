@@ -4,6 +4,7 @@ UserError              exit code 2
 ├── ConfigError        a key, a value, a recipe or a stage that does not exist or does not fit
 ├── DataError          a file or a row that cannot be used
 ├── ModelError         a model or tokenizer that cannot be used
+├── HealthError        a training that went wrong and was ended, its state saved
 └── BusyError          another process is building the same artifact
 
 Anything else that escapes is our bug and shows its traceback.
@@ -28,6 +29,10 @@ class DataError(UserError):
 
 class ModelError(UserError):
     """A model or tokenizer cannot be used."""
+
+
+class HealthError(UserError):
+    """A training went wrong: it was ended with its state saved."""
 
 
 class BusyError(UserError):

@@ -11,7 +11,7 @@ from typing import Any
 
 from ftpipe import artifacts
 from ftpipe.artifacts import Artifact
-from ftpipe.choices import SERVES, Init, PreferenceLoss, Start, Use
+from ftpipe.choices import SERVES, Init, PreferenceLoss, RewardKind, Start, Use
 from ftpipe.config import RunConfig
 from ftpipe.data.uses import uses
 from ftpipe.errors import ConfigError, UserError, unknown
@@ -69,6 +69,11 @@ def _unused_by_start(start: Start) -> Collection[str]:
 def _unused_by_dpo(cfg: RunConfig) -> Collection[str]:
     free = cfg.dpo.loss in REFERENCE_FREE
     return (*_unused_by_start(cfg.dpo.start), *(("reference_logps",) if free else ()))
+
+
+def _unused_by_ppo(cfg: RunConfig) -> Collection[str]:
+    by_function = cfg.ppo.reward is RewardKind.function
+    return (*_unused_by_start(cfg.ppo.start), *(("reward_model",) if by_function else ()))
 
 
 def _dpo_learns_from(cfg: RunConfig) -> Use:
@@ -165,6 +170,20 @@ STAGES = table(
         resumes=True,
         unused=_unused_by_dpo,
     ),
+    Stage(
+        "ppo",
+        does="proximal policy optimisation: raises the reward of the policy's own answers",
+        makes="policy",
+        needs=("dataset", "policy", "reward_model"),
+        takes=("base_model",),
+        reads=("model", "adapter", "ppo", "launch.precision", "launch.tf32"),
+        learns_from=lambda cfg: Use.prompts,
+        pins=("model",),
+        all_ranks=True,
+        resumes=True,
+        keeps="checkpoints/*/state.json",
+        unused=_unused_by_ppo,
+    ),
 )
 
 # Where an input lies is provenance; its content is pinned.
@@ -172,7 +191,9 @@ PLACED = ("model.", "data.sources.", "data.decontaminate.", "evolve.seeds.")
 PINNED_KEYS = ("path", "revision", "tokenizer", "tokenizer_revision")
 # Changes what is shown or kept on the way, not what comes out.
 UNREAD_KEYS = (
-    *("sft.log_every", "reward.log_every", "dpo.log_every"),
+    *(f"{stage}.log_every" for stage in ("sft", "reward", "dpo", "ppo")),
+    *(f"ppo.health.{key}" for key in ("max_kl", "min_entropy", "min_eos_rate", "patience")),
+    *("ppo.ignore_gate", "ppo.generation_batch_size"),
     *(f"reward.gate.{key}" for key in ("confidence", "min_accuracy", "max_length_correlation")),
     *("evolve.url", "evolve.api_key_env", "evolve.min_kept"),
     *("evolve.concurrency", "evolve.timeout", "evolve.retries"),

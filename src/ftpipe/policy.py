@@ -9,15 +9,19 @@ from typing import TYPE_CHECKING
 
 from ftpipe import modeling
 from ftpipe.artifacts import Artifact
-from ftpipe.config import RunConfig
-from ftpipe.errors import ModelError
-from ftpipe.tokenizer import NEW_TOKENS
+from ftpipe.choices import Method
+from ftpipe.config import AdapterConfig, RunConfig
+from ftpipe.errors import ConfigError, ModelError
+from ftpipe.tokenizer import NEW_TOKENS, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+POLICY = "default"  # PEFT's name of an adapter that is given none
+REFERENCE = "reference"  # the name of the frozen adapter beside the one that is trained
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -86,3 +90,59 @@ def load(
     fresh = modeling.add_rows(model, tokenizer, start.new_tokens)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return model, fresh
+
+
+def check_method(cfg: RunConfig, start: Incoming) -> None:
+    """Refuse an adapter where all weights are to be trained.
+
+    Raises:
+        ConfigError: saying what to do instead.
+    """
+    if cfg.adapter.method is Method.full and start.adapter is not None:
+        raise ConfigError(
+            "adapter.method=full trains all weights, but the policy that comes in is an adapter; "
+            "put 'merge' before this stage, or set adapter.method to lora or qlora."
+        )
+
+
+def adapted(base: PreTrainedModel, adapter: Path, trainable: bool) -> PeftModel:
+    """Return the base with the policy's adapter on it.
+
+    Raises:
+        ModelError: if it cannot be loaded.
+    """
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(base, str(adapter), adapter_name=POLICY, is_trainable=trainable)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(f"the adapter {adapter} cannot be loaded: {first_line(error)}.") from None
+
+
+def continued(base: PreTrainedModel, adapter: Path) -> PeftModel:
+    """Return the base with the incoming adapter twice: one is trained, one stays as it came in.
+
+    Raises:
+        ModelError: if it cannot be loaded.
+    """
+    model = adapted(base, adapter, trainable=True)
+    model.load_adapter(str(adapter), adapter_name=REFERENCE, is_trainable=False)
+    model.set_adapter(POLICY)
+    return model
+
+
+def with_fresh_adapter(
+    base: PreTrainedModel, adapter: AdapterConfig, start: Incoming, fresh: Sequence[int]
+) -> PeftModel:
+    """Return the base with a new adapter, whose update is zero; one factor of it is drawn.
+
+    Args:
+        fresh: the rows of tokens new to the base.
+    """
+    from peft import PeftModel, get_peft_model
+
+    config = modeling.adapter_config(adapter, base, start.revision, fresh)
+    assert config is not None
+    model = get_peft_model(base, config)
+    assert isinstance(model, PeftModel)
+    return model

@@ -110,9 +110,10 @@ class Answers:
                 "After": new,
                 "Held-out answer": self._text(list(one.answer)),
             }
-            parts += [f"## {title}\n\n{_quote(text)}\n" for title, text in shown.items()]
+            parts += [f"## {title}\n\n{quote(text)}\n" for title, text in shown.items()]
         path.write_text("\n".join(parts), encoding="utf-8")
 
 
-def _quote(text: str) -> str:
+def quote(text: str) -> str:
+    """Return a text as a Markdown quotation."""
     return "\n".join(f"> {line}".rstrip() for line in text.splitlines()) or "> (nothing)"

@@ -124,6 +124,17 @@ class Order(Sampler[int]):
         return np.concatenate([*first, *stretches[:longest], *stretches[longest + 1 :]] or [drawn])
 
 
+def upcoming(order: Order, start: int, count: int) -> list[int]:
+    """Return so many rows from a place in the endless order of all epochs."""
+    rows: list[int] = []
+    length = len(order)
+    for epoch in range(start // length, (start + count - 1) // length + 1):
+        order.set_epoch(epoch)
+        first = max(start - epoch * length, 0)
+        rows += list(order)[first : start + count - epoch * length]
+    return rows
+
+
 class Collate:
     """Fetches the rows of sequences from the memory-mapped table and lays them out as tensors.
 

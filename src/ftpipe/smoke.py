@@ -89,7 +89,7 @@ def smoke_form(cfg: RunConfig) -> RunConfig:
     small.data.decontaminate = {}
     small.evolve = small_evolution(cfg.evolve)
     small.data.validation = 4
-    trained = (small.sft, small.reward, small.dpo)
+    trained = (small.sft, small.reward, small.dpo, small.ppo)
     largest = max((stage.batch_size for stage in trained if stage.group in cfg.stages), default=0)
     if largest > ROWS_PER_STEP:
         launch = small.launch
@@ -104,6 +104,9 @@ def smoke_form(cfg: RunConfig) -> RunConfig:
     for answers in (small.sft, small.dpo):
         answers.samples = min(answers.samples, 1)
         answers.sample_tokens = min(answers.sample_tokens, 8)
+    small.ppo.max_new_tokens = min(small.ppo.max_new_tokens, 8)
+    small.ppo.samples = min(small.ppo.samples, 1)
+    small.ppo.ignore_gate = True  # a few steps of a tiny model pass no gate
     small.reward.ensemble = min(small.reward.ensemble, 2)
     small.tracking = TrackingConfig()
     return small

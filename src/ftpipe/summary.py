@@ -66,6 +66,26 @@ def _dpo(metrics: Mapping[str, float]) -> list[str]:
     return lines
 
 
+def _ppo(metrics: Mapping[str, float]) -> list[str]:
+    lines = [
+        f"score:         {metrics['score_first']:.4f} first, {metrics['score']:.4f} in the last rollout",
+        f"KL:            {metrics['kl']:.4f} nats of an answer from the reference",
+    ]
+    for name, words in (("score", "score"), ("watched", "watched function"), ("length", "tokens")):
+        key = f"held_out_{name}"
+        if key in metrics:
+            before, after = metrics[f"{key}_before"], metrics[key]
+            lines += [f"held-out:      {before:.4f} before, {after:.4f} after: {words}"]
+    parts = {part: metrics[f"seconds_{part}"] for part in ("rollout", "scoring", "update")}
+    whole = sum(parts.values()) or 1.0
+    shares = ", ".join(f"{part} {seconds / whole:.0%}" for part, seconds in parts.items())
+    return [
+        *lines,
+        f"time:          {shares} of the last rollout",
+        "curves:        curves.png beside it",
+    ]
+
+
 def _merge(metrics: Mapping[str, float]) -> list[str]:
     mean, most = metrics["apart_mean"], metrics["apart_max"]
     lines = [f"merging:       moved log-probs of tokens by {mean:.1e} nats, at most {most:.1e}"]
@@ -98,4 +118,4 @@ def _reward(cfg: RunConfig, last: Artifact, run: Path) -> list[str]:
     return [*lines, f"next:          read {last.path}/report.md, or change a value and run again"]
 
 
-POLICIES = {"sft": _sft, "dpo": _dpo, "merge": _merge}
+POLICIES = {"sft": _sft, "dpo": _dpo, "ppo": _ppo, "merge": _merge}

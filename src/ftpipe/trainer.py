@@ -18,10 +18,14 @@ class Ordered(Trainer):
 
     Also where several ranks resume in a later epoch: accelerate passes the epoch only to a sampler that
     it finds.
+
+    Attributes:
+        tokens_seen: so far by all ranks, without padding; whoever computes the loss counts them.
     """
 
     def __init__(self, order: Order, **options: Any) -> None:
         self._order = order
+        self.tokens_seen = 0
         super().__init__(**options)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Order:
@@ -53,12 +57,11 @@ class DemonstrationTrainer(Ordered, SFTTrainer):
     ) -> Any:
         """Return TRL's loss: nats of the batch's learned tokens / learned tokens of the step."""
         tokens: torch.Tensor = inputs.pop("tokens")
-        before = self._total_train_tokens
         result = super().compute_loss(  # type: ignore[no-untyped-call]
             model, inputs, return_outputs, num_items_in_batch
         )
         if model.training:
             seen = self.accelerator.reduce(tokens.to(self.accelerator.device), reduction="sum")
-            self._total_train_tokens = before + int(seen)
-            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+            self.tokens_seen += int(seen)
+            self._metrics["train"]["num_tokens"] = [self.tokens_seen]
         return result

@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ftpipe.checkpoints import CHECKPOINTS
+from ftpipe.checkpoints import CHECKPOINTS, tokens_seen
 from ftpipe.choices import Device, Optimizer, Precision
 from ftpipe.errors import ConfigError
-from ftpipe.logs import on_terminal
+from ftpipe.logs import on_terminal, say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerState
 
     from ftpipe.config import LaunchConfig
+    from ftpipe.trainer import Ordered
     from ftpipe.training_config import TrainingConfig
 
 # Our word -> transformers' OptimizerNames
@@ -95,6 +96,17 @@ def check_positions(model: PreTrainedModel, longest: int) -> None:
 def grouping(training: TrainingConfig) -> int | None:
     """Return how many rows an ``Order`` sorts together by length; None: rows come as drawn."""
     return training.batch_size if training.group_by_length else None
+
+
+def train(trainer: Ordered, checkpoint: Path | None) -> dict[str, float]:
+    """Train to the end, from a checkpoint if there is one; return what ``summary`` says of it."""
+    if checkpoint is not None:
+        say(f"continuing from {checkpoint.name}")
+        trainer.tokens_seen = tokens_seen(checkpoint)
+    before = trainer.tokens_seen
+    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds = result.metrics["train_runtime"]
+    return summary(trainer.state, trainer.tokens_seen, before, seconds)
 
 
 def summary(state: TrainerState, tokens: int, before: int, seconds: float) -> dict[str, float]:

@@ -28,6 +28,7 @@ LIGHT = (
     "launch",
     "config",
     "training_config",
+    "ppo_config",
     "choices",
     "schema",
     "smoke",

@@ -285,6 +285,8 @@ def test_the_original_is_left_alone_and_all_else_is_kept(big: RunConfig) -> None
             for key in ("max_steps", "batch_size", "log_every", "samples", "sample_tokens")
         ),
         *("launch.micro_batch_size", "reward.ensemble"),
+        *(f"ppo.{key}" for key in ("max_steps", "batch_size", "log_every", "samples")),
+        *("ppo.max_new_tokens", "ppo.ignore_gate"),
     }
 
     def value(tree: Any, key: str) -> Any:

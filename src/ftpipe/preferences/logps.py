@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ftpipe.policy import POLICY, REFERENCE
+
 if TYPE_CHECKING:
     from peft import PeftModel
-
-REFERENCE = "reference"  # the name of the frozen adapter beside the one that is trained
-POLICY = "default"  # PEFT's name of an adapter that is given none
 
 # What gives the reference's log-probs of a batch of replies, nats (N,).
 Reference = Callable[[Mapping[str, Tensor]], Tensor]

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from ftpipe import modeling, policy
 from ftpipe.choices import Method
-from ftpipe.errors import ConfigError, ModelError
-from ftpipe.policy import Incoming
-from ftpipe.preferences.logps import POLICY, REFERENCE
-from ftpipe.tokenizer import first_line
+from ftpipe.errors import ConfigError
+from ftpipe.policy import POLICY, REFERENCE, Incoming
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ftpipe.config import RunConfig
@@ -61,18 +57,17 @@ def load(cfg: RunConfig, start: Incoming, tokenizer: PreTrainedTokenizerBase, co
                 "'merge' before 'dpo'."
             )
     base, fresh = _headed(cfg, start, tokenizer)
+    policy.check_method(cfg, start)
     if cfg.adapter.method is Method.full:
-        if start.adapter is not None:
-            raise ConfigError(
-                "adapter.method=full trains all weights, but the policy that comes in is an adapter; "
-                "put 'merge' before this stage, or set adapter.method to lora or qlora."
-            )
         frozen = _headed(cfg, start, tokenizer)[0].requires_grad_(False).eval() if copy else None
         return Trained(base, frozen)
     if start.adapter is not None:
-        model = _continued(base, start.adapter)
+        model = policy.continued(base, start.adapter)
     else:
-        model = _fresh(cfg, base, start, fresh)
+        adapter = replace(
+            cfg.adapter, r=cfg.dpo.r or cfg.adapter.r, alpha=cfg.dpo.alpha or cfg.adapter.alpha
+        )
+        model = policy.with_fresh_adapter(base, adapter, start, fresh)
     for name, weight in model.named_parameters():
         if weight.requires_grad or f".{REFERENCE}" in name:
             weight.data = weight.data.to(modeling.TORCH[cfg.adapter.dtype])
@@ -95,7 +90,7 @@ def as_it_came(cfg: RunConfig, start: Incoming, tokenizer: PreTrainedTokenizerBa
     """
     model, fresh = _headed(cfg, start, tokenizer)
     if start.adapter is not None:
-        model = cast("PreTrainedModel", _adapted(model, start.adapter, trainable=False))
+        model = cast("PreTrainedModel", policy.adapted(model, start.adapter, trainable=False))
         for name, weight in model.named_parameters():
             if f".{POLICY}" in name:
                 weight.data = weight.data.to(modeling.TORCH[cfg.adapter.dtype])
@@ -115,34 +110,3 @@ def _headed(
     modeling.no_dropout(model)
     add_fused_lm_head(model)
     return model, fresh
-
-
-def _adapted(base: PreTrainedModel, adapter: Path, trainable: bool) -> PeftModel:
-    from peft import PeftModel
-
-    try:
-        return PeftModel.from_pretrained(base, str(adapter), adapter_name=POLICY, is_trainable=trainable)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ModelError(f"the adapter {adapter} cannot be loaded: {first_line(error)}.") from None
-
-
-def _continued(base: PreTrainedModel, adapter: Path) -> PeftModel:
-    """Return the base with the incoming adapter twice: one is trained, one stays as it came in."""
-    model = _adapted(base, adapter, trainable=True)
-    model.load_adapter(str(adapter), adapter_name=REFERENCE, is_trainable=False)
-    model.set_adapter(POLICY)
-    return model
-
-
-def _fresh(cfg: RunConfig, base: PreTrainedModel, start: Incoming, fresh: Sequence[int]) -> PeftModel:
-    """Return the base with a new adapter, whose update is zero."""
-    from peft import PeftModel, get_peft_model
-
-    adapter = replace(
-        cfg.adapter, r=cfg.dpo.r or cfg.adapter.r, alpha=cfg.dpo.alpha or cfg.adapter.alpha
-    )
-    config = modeling.adapter_config(adapter, base, start.revision, fresh)
-    assert config is not None
-    model = get_peft_model(base, config)
-    assert isinstance(model, PeftModel)
-    return model

@@ -60,7 +60,6 @@ class PreferenceTrainer(Ordered):
         self.dpo = dpo
         self.reference = reference
         super().__init__(order, **options)
-        self.tokens_seen = 0
         self._sums: dict[str, Tensor] = {}  # name -> sum and rows since the last line, of this rank
         self.kl = torch.zeros(())  # KTO's reference point of the step
 

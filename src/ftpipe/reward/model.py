@@ -268,6 +268,27 @@ class RewardModel:
         return self.members(ids_NL, mask_NL).std(0, correction=0)
 
 
+def stated(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[Mapping[str, Normalization], Held]:
+    """Return what ``reward.json`` says: the members by their folder, and how the weights were held.
+
+    Raises:
+        ModelError: if it cannot be read, or the model was trained with another vocabulary.
+    """
+    try:
+        found: dict[str, Any] = json.loads((folder / STATED).read_text(encoding="utf-8"))
+        members = {name: Normalization(**one) for name, one in found["members"].items()}
+        held = Held.read(found["held"])
+        known = found["vocabulary"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{folder / STATED} cannot be read: {type(error).__name__} {error}.") from None
+    if known != vocabulary(tokenizer):
+        raise ModelError(
+            f"the reward model {folder} was trained with another vocabulary than the tokenizer at hand; "
+            "train both from one dataset."
+        )
+    return members, held
+
+
 def load(
     folder: Path,
     tokenizer: PreTrainedTokenizerBase,
@@ -289,18 +310,7 @@ def load(
     Raises:
         ModelError: if it cannot be loaded, or was trained with another vocabulary.
     """
-    try:
-        stated: dict[str, Any] = json.loads((folder / STATED).read_text(encoding="utf-8"))
-        members = {name: Normalization(**one) for name, one in stated["members"].items()}
-        held = Held.read(stated["held"])
-        known = stated["vocabulary"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{folder / STATED} cannot be read: {type(error).__name__} {error}.") from None
-    if known != vocabulary(tokenizer):
-        raise ModelError(
-            f"the reward model {folder} was trained with another vocabulary than the tokenizer at hand; "
-            "train both from one dataset."
-        )
+    members, held = stated(folder, tokenizer)
     options: dict[str, Any] = {
         "dtype": modeling.TORCH[held.dtype] if dtype is None else dtype,
         "attn_implementation": attention,
@@ -326,7 +336,7 @@ def _open(
         rows = LoraConfig.from_pretrained(str(folder)).trainable_token_indices or {}
         modeling.add_rows(model, tokenizer, {token for ids in rows.values() for token in ids})
     else:
-        _copy_head(folder, name, model)
+        copy_head(folder, name, model)
     head.pool_by_mask(model)
     opened: torch.nn.Module = model
     if start.adapter is not None:
@@ -336,7 +346,7 @@ def _open(
     return opened.eval().requires_grad_(False)
 
 
-def _copy_head(folder: Path, name: str, model: PreTrainedModel) -> None:
+def copy_head(folder: Path, name: str, model: PreTrainedModel) -> None:
     """Read the head as it was stored: opened with the rest it was rounded to their dtype."""
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as weights:

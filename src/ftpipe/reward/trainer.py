@@ -17,9 +17,6 @@ class RewardTrainer(Ordered):
 
     Neither the micro-batch nor the number of ranks changes it: each rank divides by the prompts of the
     whole step, and by no number of micro-batches (``loss_is_scaled_for_ga``).
-
-    Attributes:
-        tokens_seen: so far by all ranks, without padding.
     """
 
     loss_is_scaled_for_ga = True
@@ -28,7 +25,6 @@ class RewardTrainer(Ordered):
         super().__init__(order, **options)
         self._l2 = l2
         self._center = center
-        self.tokens_seen = 0
         self._sums = torch.zeros(1 + len(LOGGED), dtype=torch.float64, device=self.args.device)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> int:

@@ -96,13 +96,7 @@ def run(cfg: RunConfig, inputs: Mapping[str, Artifact], out: Path) -> dict[str, 
             done = checkpoints.step_of(checkpoint) if checkpoint else 0
             tracker = stack.enter_context(Tracker(cfg, "dpo", out, done))
         trainer.add_callback(Report(tracker, held_out, cfg.dpo.eval_every, lambda: trainer.tokens_seen))
-        if checkpoint is not None:
-            say(f"continuing from {checkpoint.name}")
-            trainer.tokens_seen = checkpoints.tokens_seen(checkpoint)
-        tokens_before = trainer.tokens_seen
-        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        seconds = result.metrics["train_runtime"]
-        metrics = training.summary(trainer.state, trainer.tokens_seen, tokens_before, seconds)
+        metrics = training.train(trainer, checkpoint)
         if held_out is not None:
             metrics |= {f"{name}_before": value for name, value in before["held_out"].items()}
             metrics |= held_out.measure()

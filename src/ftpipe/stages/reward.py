@@ -197,13 +197,7 @@ def _member(
     checkpoint = checkpoints.last_checkpoint(folder / checkpoints.CHECKPOINTS)
     metrics = _before(folder, checkpoint is not None, held_out)
     trainer.add_callback(Report(tracker, held_out, cfg.reward.eval_every, lambda: trainer.tokens_seen))
-    if checkpoint is not None:
-        say(f"continuing from {checkpoint.name}")
-        trainer.tokens_seen = checkpoints.tokens_seen(checkpoint)
-    seen = trainer.tokens_seen
-    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    seconds = result.metrics["train_runtime"]
-    metrics |= training.summary(trainer.state, trainer.tokens_seen, seen, seconds)
+    metrics |= training.train(trainer, checkpoint)
     trainer.accelerator.wait_for_everyone()  # a rank may still be writing its part of a checkpoint
     trainer.save_model(str(folder))
     raw = {str(part): scorer.score(of_groups(rows)) for part, rows in found.held_out.items()}

@@ -77,16 +77,8 @@ def run(cfg: RunConfig, inputs: Mapping[str, Artifact], out: Path) -> dict[str, 
         if trainer.is_world_process_zero():
             done = checkpoints.step_of(checkpoint) if checkpoint else 0
             tracker = stack.enter_context(Tracker(cfg, "sft", out, done))
-        trainer.add_callback(
-            Report(tracker, held_out, cfg.sft.eval_every, lambda: trainer._total_train_tokens)
-        )
-        if checkpoint is not None:
-            say(f"continuing from {checkpoint.name}")
-            trainer._total_train_tokens = checkpoints.tokens_seen(checkpoint)
-        tokens_before = trainer._total_train_tokens
-        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        seconds, tokens = result.metrics["train_runtime"], trainer._total_train_tokens
-        metrics = training.summary(trainer.state, tokens, tokens_before, seconds)
+        trainer.add_callback(Report(tracker, held_out, cfg.sft.eval_every, lambda: trainer.tokens_seen))
+        metrics = training.train(trainer, checkpoint)
         if held_out is not None:
             loss = held_out.loss()
             metrics["held_out_loss_before"] = before["held_out_loss"]

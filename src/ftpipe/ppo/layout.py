@@ -1,0 +1,123 @@
+"""Prompts and answers as tensors, and what a model says of the answers' tokens.
+
+Shapes: B answers, P tokens of the longest prompt, T of the longest answer, L = P + T, V words of the
+vocabulary. Prompts are padded on the left and answers on the right, so that all answers begin in one
+column; positions count what is no padding.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A prompt and what the policy drew for it, as token ids.
+
+    Attributes:
+        tokens: the answer, its stop token included where it has one.
+        ended: whether it ends in a stop token; else it was cut at the greatest length.
+    """
+
+    prompt: tuple[int, ...]
+    tokens: tuple[int, ...]
+    ended: bool
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Answers laid out for a forward pass."""
+
+    ids_BL: Tensor
+    attended_BL: Tensor  # 1 on what is no padding
+    mask_BT: Tensor  # True on the tokens of the answers
+    longest: int  # T
+
+    @property
+    def answers_BT(self) -> Tensor:
+        return self.ids_BL[:, -self.longest :]
+
+    def positions_BL(self) -> Tensor:
+        return (self.attended_BL.cumsum(1) - 1).clamp(min=0)
+
+
+def lay(answers: Sequence[Answer], pad: int, device: torch.device | str = "cpu") -> Batch:
+    """Return answers as tensors; ``pad`` may be a learned token: masks tell padding apart."""
+    before = max(len(one.prompt) for one in answers)
+    after = max(len(one.tokens) for one in answers)
+    ids_BL = torch.full((len(answers), before + after), pad)
+    attended_BL = torch.zeros_like(ids_BL)
+    for b, one in enumerate(answers):
+        here = slice(before - len(one.prompt), before + len(one.tokens))
+        ids_BL[b, here] = torch.tensor([*one.prompt, *one.tokens])
+        attended_BL[b, here] = 1
+    mask_BT = attended_BL[:, before:].bool()
+    return Batch(ids_BL.to(device), attended_BL.to(device), mask_BT.to(device), after)
+
+
+def inputs(model: torch.nn.Module, batch: Batch) -> dict[str, Any]:
+    """Return what a model's forward takes of a batch; some have no positions of their own."""
+    given: dict[str, Any] = {
+        "input_ids": batch.ids_BL,
+        "attention_mask": batch.attended_BL,
+        "use_cache": False,
+    }
+    if positioned(model):
+        given["position_ids"] = batch.positions_BL()
+    return given
+
+
+def positioned(model: torch.nn.Module) -> bool:
+    """Say whether a model's forward takes positions."""
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def answer_logits(model: torch.nn.Module, batch: Batch, temperature: float) -> Tensor:
+    """Return the logits that the answers' tokens were drawn from, over the temperature: logits_BTV.
+
+    Log-probs are those of the temperature of sampling, else the ratio of PPO's first minibatch would not
+    be that of the policy that sampled (Huang et al., "The N Implementation Details of RLHF with PPO").
+    What top-p leaves out is left in, as in the code they describe.
+
+    Args:
+        model: a causal language model.
+    """
+    given, forward = inputs(model, batch), model.forward
+    if "logits_to_keep" in inspect.signature(forward).parameters:
+        given["logits_to_keep"] = batch.longest + 1
+    logits_BKV: Tensor = model(**given).logits
+    return logits_BKV[:, -batch.longest - 1 : -1].float() / temperature
+
+
+def chosen_logps(logits_BTV: Tensor, batch: Batch) -> Tensor:
+    """Return the log-prob of each token of the answers in nats: logps_BT, 0 outside the mask."""
+    picked_BT = logits_BTV.gather(-1, batch.answers_BT[..., None])[..., 0]
+    return torch.where(batch.mask_BT, picked_BT - logits_BTV.logsumexp(-1), 0.0)
+
+
+def state_values(body: torch.nn.Module, head: torch.nn.Module, batch: Batch) -> Tensor:
+    """Return V before each token of the answers, values_BT in units of the score, 0 outside the mask.
+
+    Args:
+        body: the model without its output head.
+        head: from hidden states to one number, in float32.
+    """
+    hidden_BLH = body(**inputs(body, batch)).last_hidden_state
+    hidden_BTH = hidden_BLH[:, -batch.longest - 1 : -1]
+    with torch.autocast(hidden_BTH.device.type, enabled=False):
+        values_BT = head(hidden_BTH.float())[..., 0]
+    return torch.where(batch.mask_BT, values_BT, 0.0)
+
+
+def padded(rows: Sequence[Tensor], longest: int) -> Tensor:
+    """Return rows of several lengths as one tensor (B, longest), zero behind their ends."""
+    whole = torch.zeros((len(rows), longest), dtype=rows[0].dtype)
+    for b, row in enumerate(rows):
+        whole[b, : len(row)] = row
+    return whole

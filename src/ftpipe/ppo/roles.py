@@ -1,0 +1,312 @@
+"""The four roles of PPO: policy, reference, value function and reward model.
+
+With an adapter they share one base, in 4 or 16 bits, and each is an adapter on it: the policy's is
+trained; the reference is the policy's as it came in, frozen, or the base without any; the value function
+is an adapter with a head, trained; the reward model is its own adapter with its normalised head, frozen.
+Where all weights are trained, and for a reward model of another base, there are separate models.
+
+Two traps of PEFT are dealt with here. ``set_adapter`` makes the adapter that it activates trainable, the
+frozen ones too, so gradients are switched by role alone. With gradient checkpointing the backward pass
+computes again under whatever adapter is active then, so it must run inside ``acting``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from ftpipe import modeling, policy
+from ftpipe.choices import Method, RewardKind, ValueStart
+from ftpipe.errors import ConfigError
+from ftpipe.logs import say
+from ftpipe.policy import POLICY, REFERENCE, Incoming
+from ftpipe.ppo.adapters import Member, SharedBase, reward_members
+from ftpipe.ppo.layout import positioned
+from ftpipe.reward import head as score_head
+from ftpipe.reward import model as reward_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ftpipe.artifacts import Artifact
+    from ftpipe.config import RunConfig
+
+VALUE = "value_function"  # names of adapters beside policy and reference
+REWARD = "reward_model"
+
+
+class Role(StrEnum):
+    """Whose words or values a model speaks."""
+
+    policy = "policy"
+    reference = "reference"
+    value = "value"
+
+
+class Rewards(Protocol):
+    """A learned reward: normalised scores of prompts with answers."""
+
+    def members(self, ids_NL: Tensor, mask_NL: Tensor) -> Tensor:
+        """Return rewards_MN, of each member of an ensemble."""
+        ...
+
+
+@dataclass
+class Roles:
+    """Models in their roles.
+
+    Attributes:
+        shared: the base with all adapters; None where the roles are models of their own.
+        models: of each role; with a shared base they are all that base.
+        value_head: from hidden states of the value function to a value; float32.
+        rewards: None where the reward is a function.
+    """
+
+    shared: SharedBase | None
+    models: Mapping[Role, PreTrainedModel]
+    value_head: torch.nn.Linear
+    rewards: Rewards | None
+
+    def acting(self, role: Role) -> AbstractContextManager[PreTrainedModel]:
+        """Let a model act in a role; backward passes of what it computes belong inside."""
+        return self._acting(role)
+
+    @contextmanager
+    def _acting(self, role: Role) -> Iterator[PreTrainedModel]:
+        if self.shared is None:
+            yield self.models[role]
+            return
+        with self.shared.on(ADAPTERS[role]):
+            yield self.models[role]
+
+    def trained(self, role: Role) -> dict[str, torch.nn.Parameter]:
+        """Return what is trained in a role, by name; the two roles have nothing in common."""
+        if role is Role.reference:
+            return {}
+        if self.shared is not None:
+            found = self.shared.weights(ADAPTERS[role])
+        else:
+            found = dict(self.models[role].named_parameters())
+        if role is Role.value:
+            found |= {f"head.{name}": weight for name, weight in self.value_head.named_parameters()}
+        return found
+
+    @property
+    def device(self) -> torch.device:
+        return self.models[Role.policy].device
+
+    def train(self, mode: bool) -> None:
+        """Turn gradient checkpointing on or off; there is no dropout that training would turn on."""
+        for model in self.models.values():
+            model.train(mode)
+
+    def save(self, out: Path) -> None:
+        """Write the policy as it can be loaded by itself: its adapter, or all weights."""
+        if self.shared is None:
+            self.models[Role.policy].save_pretrained(str(out))
+            return
+        # PEFT would save the embeddings whole where they have grown; the adapter holds every new row
+        options: dict[str, Any] = {"selected_adapters": [POLICY], "save_embedding_layers": False}
+        self.shared.model.save_pretrained(str(out), **options)
+
+
+ADAPTERS = {Role.policy: POLICY, Role.reference: REFERENCE, Role.value: VALUE}
+
+
+@dataclass(frozen=True)
+class SharedRewards:
+    """A reward model whose members are adapters on the base that the roles share."""
+
+    base: SharedBase
+    names: tuple[str, ...]
+    heads: tuple[torch.nn.Linear, ...]
+    normalizations: tuple[reward_model.Normalization, ...]
+
+    def members(self, ids_NL: Tensor, mask_NL: Tensor) -> Tensor:
+        """Return rewards_MN: each member's own, normalised on its own, as ``RewardModel`` does."""
+        found = []
+        body = body_of(self.base.model.get_base_model())
+        last_N = score_head.last_attended(mask_NL)
+        places_N = torch.arange(len(last_N), device=last_N.device)
+        for name, head, normalization in zip(self.names, self.heads, self.normalizations, strict=True):
+            with torch.no_grad(), self.base.on(name):
+                given: dict[str, Any] = {"input_ids": ids_NL, "attention_mask": mask_NL}
+                if positioned(body):
+                    given["position_ids"] = (mask_NL.cumsum(1) - 1).clamp(min=0)
+                hidden_NLH = body(**given, use_cache=False).last_hidden_state
+                with torch.autocast(hidden_NLH.device.type, enabled=False):
+                    raw_N = head(hidden_NLH[places_N, last_N].float())[:, 0]
+            found.append(normalization.apply(raw_N))
+        return torch.stack(found)
+
+
+def body_of(model: Any) -> torch.nn.Module:
+    """Return a model without its output head: what gives hidden states."""
+    body: torch.nn.Module = model.base_model
+    return body
+
+
+def load(cfg: RunConfig, inputs: Mapping[str, Artifact], tokenizer: PreTrainedTokenizerBase) -> Roles:
+    """Return the roles of a run, dropout off, ready on the run's device.
+
+    Raises:
+        ModelError: if weights cannot be loaded, or the reward model has another vocabulary.
+        ConfigError: if the policy that comes in is an adapter and all weights are to be trained, or
+            the value function cannot start from the reward model.
+    """
+    start = policy.incoming(cfg, inputs)
+    policy.check_method(cfg, start)
+    device = torch.device("cuda" if cfg.launch.device == "cuda" else "cpu")
+    rewarded = inputs["reward_model"].path if cfg.ppo.reward is RewardKind.model else None
+    if cfg.adapter.method is Method.full:
+        return _separate(cfg, start, tokenizer, rewarded, device)
+    return _shared(cfg, start, tokenizer, rewarded, device)
+
+
+def _shared(
+    cfg: RunConfig,
+    start: Incoming,
+    tokenizer: PreTrainedTokenizerBase,
+    rewarded: Path | None,
+    device: torch.device,
+) -> Roles:
+    base, fresh = policy.load(cfg, start, tokenizer)
+    modeling.no_dropout(base)
+    if start.adapter is not None:
+        model = policy.continued(base, start.adapter)
+    else:
+        model = policy.with_fresh_adapter(base, cfg.adapter, start, fresh)
+    shared = SharedBase(model, (POLICY, VALUE))
+    members = [] if rewarded is None else reward_members(cfg, rewarded, tokenizer, start)
+    names = tuple(f"{REWARD}_{number}" for number in range(len(members)))
+    for name, member in zip(names, members, strict=True):
+        shared.add(member.folder, name)
+    hidden = base.config.get_text_config().hidden_size
+    head = _value_adapter(cfg, shared, start, members, hidden).to(device)
+    for name in (POLICY, VALUE, REFERENCE, *names):
+        for weight in shared.weights(name).values():
+            weight.data = weight.data.to(modeling.TORCH[cfg.adapter.dtype])
+    modeling.no_dropout(model)
+    if cfg.ppo.gradient_checkpointing:
+        model.enable_input_require_grads()
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    model.set_adapter(POLICY)
+    shared.flag()
+    if cfg.adapter.method is not Method.qlora:  # 4 bits lie where they were loaded
+        model.to(device)
+    model.eval()
+    rewards: Rewards | None = None
+    if members:
+        heads = tuple(member.head.to(device) for member in members)
+        rewards = SharedRewards(shared, names, heads, tuple(one.normalization for one in members))
+    elif rewarded is not None:
+        rewards = _own_reward(cfg, rewarded, tokenizer, device)
+    whole = cast("PreTrainedModel", model.get_base_model())
+    return Roles(shared, dict.fromkeys(Role, whole), head, rewards)
+
+
+def _value_adapter(
+    cfg: RunConfig, shared: SharedBase, start: Incoming, members: Sequence[Member], hidden: int
+) -> torch.nn.Linear:
+    """Give the value function its adapter, and return its head.
+
+    Args:
+        hidden: size of what the head takes.
+    """
+    if _value_from_reward(cfg, bool(members)):
+        shared.add(members[0].folder, VALUE)
+        return _normalised_head(members[0].head, members[0].normalization)
+    if start.adapter is not None:
+        shared.add(start.adapter, VALUE)
+    else:
+        shared.model.add_adapter(VALUE, shared.model.peft_config[POLICY])
+    return _zero(torch.nn.Linear(hidden, 1))
+
+
+def _separate(
+    cfg: RunConfig,
+    start: Incoming,
+    tokenizer: PreTrainedTokenizerBase,
+    rewarded: Path | None,
+    device: torch.device,
+) -> Roles:
+    trained = policy.load(cfg, start, tokenizer)[0]
+    reference = policy.load(cfg, start, tokenizer)[0].requires_grad_(False)
+    stated = reward_model.stated(rewarded, tokenizer)[0] if rewarded is not None else {}
+    first = rewarded / next(iter(stated)) if rewarded is not None else None
+    whole = first is not None and policy.found(first).adapter is None
+    if first is not None and _value_from_reward(cfg, whole):
+        value = policy.load(cfg, policy.found(first), tokenizer, scored=True)[0]
+        name = score_head.name_of(value)
+        getattr(value, name).float()
+        reward_model.copy_head(first, name, value)
+        head = _normalised_head(getattr(value, name), next(iter(stated.values())))
+    else:
+        value = policy.load(cfg, start, tokenizer, scored=True)[0]
+        name = score_head.name_of(value)
+        head = _zero(torch.nn.Linear(getattr(value, name).in_features, 1))
+    delattr(value, name)  # the head is by itself
+    for model in (trained, reference, value):
+        modeling.no_dropout(model)
+        model.to(device).eval()  # type: ignore[arg-type]
+    if cfg.ppo.gradient_checkpointing:
+        for model in (trained, value):
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+    rewards = _own_reward(cfg, rewarded, tokenizer, device) if rewarded is not None else None
+    models = {Role.policy: trained, Role.reference: reference, Role.value: value}
+    return Roles(None, models, head.to(device), rewards)
+
+
+def _own_reward(
+    cfg: RunConfig, folder: Path, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> Rewards:
+    """Return the reward model as one of its own, held as when it was normalised."""
+    say("the reward model has a base of its own in memory")
+    return reward_model.load(
+        folder,
+        tokenizer,
+        attention=str(cfg.model.attention),
+        trust_remote_code=cfg.model.trust_remote_code,
+        device=device,
+    )
+
+
+def _value_from_reward(cfg: RunConfig, possible: bool) -> bool:
+    """Say whether the value function starts as the reward model, as InstructGPT's does (appendix C.4).
+
+    Raises:
+        ConfigError: if it is to and cannot.
+    """
+    asked = cfg.ppo.value_start
+    if asked is ValueStart.reward and not possible:
+        raise ConfigError(
+            "ppo.value_start=reward needs a reward model on the base that is trained here, in the same "
+            "form (an adapter of the same quantisation, or a whole model); set it to auto or policy."
+        )
+    return possible and asked is not ValueStart.policy
+
+
+def _zero(head: torch.nn.Linear) -> torch.nn.Linear:
+    """Start at V = 0, the mean of normalised scores (lm-human-preferences, policy.py: scale 0)."""
+    for weight in head.parameters():
+        torch.nn.init.zeros_(weight)
+    return head
+
+
+def _normalised_head(
+    scored: torch.nn.Linear, normalization: reward_model.Normalization
+) -> torch.nn.Linear:
+    """Return a head that gives the normalised score: (w h + b - mean) / deviation."""
+    head = _zero(torch.nn.Linear(scored.in_features, 1))
+    with torch.no_grad():
+        head.weight.copy_(scored.weight / normalization.deviation)
+        bias = torch.zeros(1) if scored.bias is None else scored.bias
+        head.bias.copy_((bias - normalization.mean) / normalization.deviation)
+    return head

@@ -1,0 +1,131 @@
+"""Checkpoints at the end of a rollout's updates. Whole or not there; nothing in them is executable.
+
+All that is random in PPO is a function of the seed and the rollout (``generation.uniforms``, the order
+of minibatches), and so is the learning rate; so weights, optimiser, KL controller and counters are all.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
+
+from ftpipe.artifacts import write_atomic
+
+WEIGHTS, OPTIMIZER, STATE = "trained.safetensors", "optimizer.safetensors", "state.json"
+CHECKPOINT = "checkpoint"  # and the number of finished rollouts
+
+
+@dataclass
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        rollouts: finished.
+        tokens: drawn so far.
+        updates: optimiser steps so far.
+        kl: state of the KL controller.
+        health: state of ``health.Watch``.
+        first, last: measures of the first and the last rollout.
+    """
+
+    rollouts: int = 0
+    tokens: int = 0
+    updates: int = 0
+    kl: dict[str, float] = field(default_factory=dict)
+    health: dict[str, Any] = field(default_factory=dict)
+    first: dict[str, float] = field(default_factory=dict)
+    last: dict[str, float] = field(default_factory=dict)
+
+
+def save(
+    folder: Path,
+    progress: Progress,
+    weights: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    schedule: LRScheduler,
+    keep: int,
+) -> None:
+    """Write a state, whole or not at all, and leave the newest so many checkpoints. Call on one rank.
+
+    Args:
+        folder: its own; one that is not named ``checkpoint-N`` is for a person, nothing resumes from it.
+        weights: all that is trained, by name.
+        schedule: of the learning rate.
+    """
+    partial = folder.with_name(f"partial-{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tensors, rest = _apart(optimizer.state_dict())
+    save_file(_whole(weights), str(partial / WEIGHTS))
+    save_file(_whole(tensors), str(partial / OPTIMIZER))
+    told = {"optimizer": rest, "schedule": schedule.state_dict(), "progress": asdict(progress)}
+    write_atomic(partial / STATE, json.dumps(told))
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    for old in sorted(folder.parent.glob(f"{CHECKPOINT}-*"), key=_number)[:-keep]:
+        shutil.rmtree(old)
+
+
+def last(folder: Path) -> Path | None:
+    """Return the newest checkpoint, or None."""
+    found = [path for path in folder.glob(f"{CHECKPOINT}-*") if (path / STATE).is_file()]
+    return max(found, key=_number, default=None)
+
+
+def restore(
+    checkpoint: Path,
+    weights: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    schedule: LRScheduler,
+) -> Progress:
+    """Put weights, optimiser and schedule in place; return how far the run was."""
+    held = load_file(str(checkpoint / WEIGHTS))
+    assert held.keys() == weights.keys(), "the fingerprint lets no other model come here"
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(held[name])
+    told = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    optimizer.load_state_dict(_together(load_file(str(checkpoint / OPTIMIZER)), told["optimizer"]))
+    schedule.load_state_dict(told["schedule"])
+    return Progress(**told["progress"])
+
+
+def _whole(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: weight.detach().cpu().contiguous().clone() for name, weight in weights.items()}
+
+
+def _apart(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors of an optimiser's state by ``weight/name``, and the rest as JSON takes it."""
+    tensors, numbers = {}, {}
+    for weight, values in state["state"].items():
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"{weight}/{name}"] = value
+            else:
+                numbers[f"{weight}/{name}"] = value
+    return tensors, {"numbers": numbers, "param_groups": state["param_groups"]}
+
+
+def _together(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[str, Any]:
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in {**tensors, **rest["numbers"]}.items():
+        weight, name = key.split("/", 1)
+        state.setdefault(int(weight), {})[name] = value
+    groups = [
+        {key: tuple(value) if key == "betas" else value for key, value in group.items()}
+        for group in rest["param_groups"]
+    ]
+    return {"state": state, "param_groups": groups}
+
+
+def _number(checkpoint: Path) -> int:
+    return int(checkpoint.name.rsplit("-", 1)[1])
