@@ -81,10 +81,12 @@ def correlation(one_N: Tensor, other_N: Tensor) -> float:
 
 
 def explained_variance(values_N: Tensor, returns_N: Tensor) -> float:
-    """Return 1 - var(returns - values) / var(returns), NaN where returns are constant.
+    """Return 1 - var(returns - values) / var(returns), NaN where returns are constant or there are none.
 
     OpenAI baselines (common/math_util.py).
     """
+    if not len(returns_N):  # ppo.mask_truncated, and no answer ends
+        return math.nan
     whole = returns_N.double().var(correction=0).item()
     left = (returns_N - values_N).double().var(correction=0).item()
     return 1 - left / whole if whole > 0 else math.nan
