@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+DAMPED = 1e-4  # added to a group's deviation: TRL, trainer/grpo_trainer.py
 EPSILON = 1e-8  # added to a variance: lm-human-preferences, utils/core.py, whiten
 
 
@@ -60,6 +61,53 @@ def returns(advantages_BT: Tensor, values_BT: Tensor, mask_BT: Tensor) -> Tensor
         returns_BT, reward-model units, zero where the mask is False.
     """
     return torch.where(mask_BT, advantages_BT + values_BT, 0.0)
+
+
+def leave_one_out(rewards_B: Tensor, group: int) -> Tensor:
+    """Return each answer's reward less the mean of the others to its prompt: RLOO.
+
+    Ahmadian et al. 2024 (arXiv:2402.14740), eq. 6; Kool et al. 2019. The others' mean is a baseline that
+    does not depend on the answer, so nothing is biased and no value function is needed.
+
+    Args:
+        rewards_B: of whole answers, their KL penalty taken off; those to one prompt side by side.
+        group: answers to each prompt, 2 or more.
+
+    Returns:
+        advantages_B; a group adds up to 0.
+
+    Raises:
+        ValueError: if the group is too small, or does not divide the answers.
+    """
+    rewards_GK = _grouped(rewards_B, group)
+    others_GK = (rewards_GK.sum(1, keepdim=True) - rewards_GK) / (group - 1)
+    return (rewards_GK - others_GK).flatten()
+
+
+def group_relative(scores_B: Tensor, group: int) -> Tensor:
+    """Return each answer's score less its group's mean, over the group's standard deviation: GRPO.
+
+    Shao et al. 2024 (arXiv:2402.03300), section 4.1.2. The deviation is of the sample (divided by one
+    less), as in TRL, and damped as there, so that equal scores give 0.
+
+    Args:
+        scores_B: of whole answers; those to one prompt side by side.
+        group: answers to each prompt, 2 or more.
+
+    Raises:
+        ValueError: if the group is too small, or does not divide the answers.
+    """
+    scores_GK = _grouped(scores_B, group)
+    apart_GK = scores_GK - scores_GK.mean(1, keepdim=True)
+    return (apart_GK / (scores_GK.std(1, keepdim=True) + DAMPED)).flatten()
+
+
+def _grouped(values_B: Tensor, group: int) -> Tensor:
+    if group < 2 or len(values_B) % group:
+        raise ValueError(
+            f"{len(values_B)} answers do not make groups of {group}; a group has 2 answers or more."
+        )
+    return values_B.view(-1, group)
 
 
 def moments(values_BT: Tensor, mask_BT: Tensor) -> Tensor:

@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from ftpipe.ppo.advantages import gae, moments, returns, whiten, whiten_around_mean
+from ftpipe.ppo.advantages import (
+    gae,
+    group_relative,
+    leave_one_out,
+    moments,
+    returns,
+    whiten,
+    whiten_around_mean,
+)
 
 LENGTHS = (5, 1, 0, 7, 3)
 
@@ -187,3 +195,45 @@ def test_a_tiny_spread_is_damped_as_openai_does() -> None:
     values_BT = torch.tensor([[1e-4, -1e-4]], dtype=torch.float64)
     white_BT = whiten(values_BT, masked((2,)), moments(values_BT, masked((2,))))
     assert white_BT[0].tolist() == pytest.approx([math.sqrt(0.5), -math.sqrt(0.5)])
+
+
+@pytest.mark.parametrize("group", [2, 3, 6])
+def test_leave_one_out_is_the_loop_over_the_others(group: int) -> None:
+    rewards_B = drawn(21, (6,))
+    found = leave_one_out(rewards_B, group).tolist()
+    for at, reward in enumerate(rewards_B.tolist()):
+        first = at - at % group
+        others = [rewards_B[k].item() for k in range(first, first + group) if k != at]
+        assert found[at] == pytest.approx(reward - sum(others) / len(others), abs=1e-12)
+
+
+def test_leave_one_out_does_not_read_the_answer_it_is_a_baseline_of() -> None:
+    # raise one reward by 1: its own advantage rises by 1, so its baseline stays
+    rewards_B = drawn(22, (4,))
+    raised_B = rewards_B.clone()
+    raised_B[2] += 1
+    apart_B = leave_one_out(raised_B, 4) - leave_one_out(rewards_B, 4)
+    assert apart_B.tolist() == pytest.approx([-1 / 3, -1 / 3, 1, -1 / 3])
+
+
+@pytest.mark.parametrize("group", [2, 3, 6])
+def test_group_relative_is_numpys(group: int) -> None:
+    scores_B = drawn(23, (6,)) * 3 + 5
+    rows = scores_B.numpy().reshape(-1, group)
+    spread = rows.std(1, ddof=1, keepdims=True)
+    wanted = (rows - rows.mean(1, keepdims=True)) / (spread + 1e-4)
+    assert group_relative(scores_B, group).tolist() == pytest.approx(wanted.ravel().tolist())
+
+
+@pytest.mark.parametrize("score", [0.1, 1e6, -3.3])
+def test_a_group_of_equal_scores_learns_nothing(score: float) -> None:
+    scores_B = torch.tensor([score] * 3 + [score, score, score + 1])
+    for make in (group_relative, leave_one_out):
+        assert make(scores_B, 3)[:3].abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("group", [0, 1, 4])
+def test_groups_that_do_not_fit_are_refused(group: int) -> None:
+    for make in (group_relative, leave_one_out):
+        with pytest.raises(ValueError, match=f"6 answers do not make groups of {group}"):
+            make(drawn(24, (6,)), group)
