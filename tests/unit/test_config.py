@@ -96,7 +96,7 @@ BAD: list[tuple[str, Any]] = [
     ("sft.keep_checkpoints", 0),
     ("sft.samples", -1),
     ("sft.sample_tokens", 0),
-    *((f"{group}.{key}", value) for group in ("reward", "dpo") for key, value in BAD_TRAINING),
+    *((f"{group}.{key}", value) for group in ("reward", "dpo", "ppo") for key, value in BAD_TRAINING),
     ("reward.margin", -0.1),
     ("reward.l2", -0.001),
     ("reward.l2", float("nan")),
@@ -122,6 +122,25 @@ BAD: list[tuple[str, Any]] = [
     ("dpo.alpha", 0),
     ("dpo.samples", -1),
     ("dpo.sample_tokens", 0),
+    *((f"ppo.{key}", 0) for key in ("max_new_tokens", "ppo_epochs", "minibatches", "kl_horizon")),
+    *((f"ppo.{key}", -0.1) for key in ("beta", "value_weight", "entropy_weight", "ptx_weight")),
+    *((f"ppo.{key}", 0.0) for key in ("value_learning_rate", "value_clip", "kl_target", "target_kl")),
+    *((f"ppo.{key}", float("nan")) for key in ("value_learning_rate", "value_clip", "kl_target")),
+    *((f"ppo.{key}", value) for key in ("gamma", "lam") for value in (-0.1, 1.1)),
+    *((f"ppo.{key}", value) for key in ("clip", "top_p") for value in (0.0, 1.1)),
+    ("ppo.clip", 1.0),
+    ("ppo.temperature", 0.0),
+    ("ppo.samples", -1),
+    ("ppo.generation_batch_size", 0),
+    ("ppo.missing_eos_penalty", -1.0),
+    ("ppo.missing_eos_penalty", float("nan")),
+    ("ppo.score_clip", 0.0),
+    ("ppo.group_by_length", True),
+    ("ppo.minibatches", 5),
+    ("ppo.health.max_kl", 0.0),
+    ("ppo.health.min_entropy", 1.0),
+    ("ppo.health.min_eos_rate", 0.0),
+    ("ppo.health.patience", 0),
     ("launch.processes", 0),
     ("launch.micro_batch_size", 0),
     ("launch.threads", 0),
@@ -409,3 +428,40 @@ def test_no_two_configurations_share_a_list() -> None:
             for part in parts:
                 first, second = getattr(first, part, None), getattr(second, part, None)
             assert first is None or first is not second, key
+
+
+def test_a_reward_is_named_where_it_is_a_function_and_nowhere_else(cfg: RunConfig) -> None:
+    cfg.ppo.reward = RewardKind.function
+    with pytest.raises(ConfigError, match=r"^ppo\.function\.name is not set"):
+        cfg.check()
+    cfg.ppo.function.name = "length"
+    cfg.check()
+    cfg.ppo.value_start = ValueStart.reward
+    with pytest.raises(ConfigError, match=r"^ppo\.value_start=reward .*auto or policy"):
+        cfg.check()
+    cfg.ppo.reward = RewardKind.model
+    with pytest.raises(ConfigError, match=r"^ppo\.function\.name=length .*ppo\.watch\.name"):
+        cfg.check()
+
+
+def test_the_kl_controller_cannot_reach_0(cfg: RunConfig) -> None:
+    # Ziegler et al. 2019: beta <- beta (1 + e answers / horizon), e from -0.2
+    cfg.ppo.batch_size, cfg.ppo.kl_target, cfg.ppo.kl_horizon = 500, 6.0, 100
+    with pytest.raises(ConfigError, match=r"^ppo\.kl_horizon=100 .*above 100, a fifth"):
+        cfg.check()
+    cfg.ppo.kl_horizon = 101
+    cfg.check()
+    cfg.ppo.beta = 0.0
+    with pytest.raises(ConfigError, match=r"^ppo\.beta=0\.0 .*kl_target"):
+        cfg.check()
+    cfg.ppo.kl_target = None
+    cfg.check()
+
+
+def test_a_rollout_has_an_answer_for_every_rank(cfg: RunConfig) -> None:
+    cfg.stages = ["prepare", "ppo"]
+    cfg.ppo.batch_size, cfg.ppo.minibatches, cfg.launch.processes = 6, 3, 2
+    cfg.check()
+    cfg.launch.processes = 3
+    with pytest.raises(ConfigError, match=r"^ppo\.batch_size=6 .*at least 9"):
+        cfg.check()
