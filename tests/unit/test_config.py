@@ -8,7 +8,17 @@ from typing import Any
 import pytest
 
 from ftpipe import schema
-from ftpipe.choices import Dtype, Init, Optimizer, PreferenceLoss, Role, Scheduler, Use
+from ftpipe.choices import (
+    Dtype,
+    Init,
+    Optimizer,
+    PreferenceLoss,
+    RewardKind,
+    Role,
+    Scheduler,
+    Use,
+    ValueStart,
+)
 from ftpipe.config import RunConfig, is_commit
 from ftpipe.errors import ConfigError
 from ftpipe.schema import all_keys
