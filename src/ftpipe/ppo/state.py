@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,13 @@ def restore(
         for name, weight in weights.items():
             weight.copy_(held[name])
     told = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    optimizer.load_state_dict(_together(load_file(str(checkpoint / OPTIMIZER)), told["optimizer"]))
+    tensors = load_file(str(checkpoint / OPTIMIZER))
+    optimizer.load_state_dict(_together(tensors, told["optimizer"]))
+    trained = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for path, value in tensors.items():  # torch has rounded them to the weights' own dtype
+        at, *_, name = path.split("/")
+        state = optimizer.state[trained[int(at)]]
+        state[name] = value.to(state[name].device)
     schedule.load_state_dict(told["schedule"])
     return Progress(**told["progress"])
 
@@ -105,21 +111,29 @@ def _whole(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _apart(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors of an optimiser's state by ``weight/name``, and the rest as JSON takes it."""
-    tensors, numbers = {}, {}
-    for weight, values in state["state"].items():
-        for name, value in values.items():
-            if isinstance(value, Tensor):
-                tensors[f"{weight}/{name}"] = value
-            else:
-                numbers[f"{weight}/{name}"] = value
+    values = dict(_leaves(state["state"]))
+    tensors = {path: value for path, value in values.items() if isinstance(value, Tensor)}
+    numbers = {path: value for path, value in values.items() if path not in tensors}
     return tensors, {"numbers": numbers, "param_groups": state["param_groups"]}
+
+
+def _leaves(state: Mapping[Any, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each value with its path; bitsandbytes has its tensors in a dict of their own."""
+    for name, value in state.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{above}{name}/")
+        else:
+            yield f"{above}{name}", value
 
 
 def _together(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[str, Any]:
     state: dict[int, dict[str, Any]] = {}
-    for key, value in {**tensors, **rest["numbers"]}.items():
-        weight, name = key.split("/", 1)
-        state.setdefault(int(weight), {})[name] = value
+    for path, value in {**tensors, **rest["numbers"]}.items():
+        weight, *around, name = path.split("/")
+        held = state.setdefault(int(weight), {})
+        for each in around:
+            held = held.setdefault(each, {})
+        held[name] = value
     groups = [
         {key: tuple(value) if key == "betas" else value for key, value in group.items()}
         for group in rest["param_groups"]
