@@ -84,7 +84,7 @@ class Updater:
             updates: steps of the optimiser before it.
 
         Raises:
-            HealthError: if the ratio of the first minibatch is not 1, or a loss is not finite.
+            HealthError: if the ratio of the first minibatch is not 1, or a gradient is not finite.
         """
         shown: list[dict[str, float]] = []
         self.roles.train(True)
