@@ -52,7 +52,7 @@ doctor: ## say what this machine can run and what is missing
 recipes doctor: $(READY)
 	@$(BIN)/ftpipe $@
 
-.PHONY: test test-slow bench-sft bench-prepare bench-preferences
+.PHONY: test test-slow bench-sft bench-prepare bench-preferences bench-ppo bench-ppo-learning
 test: ## run the fast tests; args="-k name" for some of them
 test: $(READY)
 	$(BIN)/pytest -n auto --maxprocesses 4 -m 'not slow' $(ARGS)
@@ -68,6 +68,12 @@ bench-prepare: $(READY)
 bench-preferences: ## measure dpo and reward side by side with plain TRL
 bench-preferences: $(READY)
 	$(BIN)/python benchmarks/preferences.py $(ARGS)
+bench-ppo: ## measure PPO side by side with the last TRL that had it
+bench-ppo: $(READY)
+	$(BIN)/python benchmarks/ppo.py $(ARGS)
+bench-ppo-learning: ## see what PPO learns, against known truths, over several seeds
+bench-ppo-learning: $(READY)
+	$(BIN)/python benchmarks/ppo_learning.py $(ARGS)
 
 .PHONY: check lint types format
 check: ## lint and types
