@@ -16,7 +16,7 @@ from transformers.masking_utils import find_packed_sequence_indices
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ftpipe.data.packing import packs_of, plan
-from ftpipe.sequences import STRETCH, Collate, Layout, Order, Row, collate, dealt, sequences
+from ftpipe.sequences import STRETCH, Collate, Layout, Order, Row, collate, dealt, sequences, upcoming
 from tests.unit.data.test_packing import write
 
 repeatable = settings(max_examples=100, deadline=None, derandomize=True)
@@ -231,3 +231,17 @@ def test_every_row_is_dealt_to_one_rank(lengths: list[int], world: int, size: in
         assert all(len(batch) == size for batch in batches[:-1])
         flat = [lengths[row] for batch in batches for row in batch]
         assert flat == sorted(flat, reverse=True)
+
+
+@pytest.mark.parametrize("lengths", [[3, 1, 2, 5, 4], [7], [2, 0, 3], [1] * 12], ids=len)
+def test_upcoming_rows_are_those_of_epochs_one_after_the_other(lengths: list[int]) -> None:
+    walked: list[int] = []
+    for epoch in range(40):
+        fresh = Order(lengths, seed=3)
+        fresh.set_epoch(epoch)
+        walked += list(fresh)
+    order = Order(lengths, seed=3)
+    for start, count in itertools.product(range(16), range(18)):
+        assert upcoming(order, start, count) == walked[start : start + count], (start, count)
+    assert upcoming(order, 30, 5) == walked[30:35]
+    assert upcoming(order, 0, 5) == walked[:5]  # whatever was asked before
