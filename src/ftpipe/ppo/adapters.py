@@ -143,16 +143,27 @@ class SharedBase:
         for module in rows:
             if module not in known:
                 raise ModelError(f"the adapter {folder} has rows of {module}, which this base lacks.")
+        # where one adapter has rows PEFT asks all for theirs; under a score the output head has none
+        came: Any = self.model.peft_config[POLICY]
+        others: dict[str, list[int]] = came.trainable_token_indices or {}
+        config.trainable_token_indices = {**others, **rows} or None
         self.model.add_adapter(name, config)
         state = {
             key: weight
             for key, weight in load_file(folder / ADAPTER_WEIGHTS).items()
             if not key.startswith(HEADS)
         }
+        untrained = tuple(f"base_model.model.{module}." for module in others if module not in rows)
+        state |= {key: weight for key, weight in self._state(name).items() if key.startswith(untrained)}
         told: Any = set_peft_model_state_dict(self.model, state, adapter_name=name)
-        whole = get_peft_model_state_dict(self.model, adapter_name=name, save_embedding_layers=False)
-        if wrong := sorted({*told.unexpected_keys, *(set(whole) ^ set(state))}):
+        if wrong := sorted({*told.unexpected_keys, *(set(self._state(name)) ^ set(state))}):
             raise ModelError(
                 f"the adapter {folder} does not fit {type(self.model.get_base_model()).__name__}: "
                 f"{wrong[0]}; delete the folder to build it again."
             )
+
+    def _state(self, name: str) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = get_peft_model_state_dict(
+            self.model, adapter_name=name, save_embedding_layers=False
+        )
+        return found

@@ -94,7 +94,9 @@ class Roles:
             found = self.shared.weights(ADAPTERS[role])
         else:
             found = dict(self.models[role].named_parameters())
-        if role is Role.value:
+        if role is Role.value:  # the output head's rows of new tokens say nothing of a value
+            seen = {id(weight) for weight in body_of(self.models[role]).parameters()}
+            found = {name: weight for name, weight in found.items() if id(weight) in seen}
             found |= {f"head.{name}": weight for name, weight in self.value_head.named_parameters()}
         return found
 
@@ -196,7 +198,7 @@ def _shared(
     modeling.no_dropout(model)
     if cfg.ppo.gradient_checkpointing:
         model.enable_input_require_grads()
-        base.gradient_checkpointing_enable({"use_reentrant": False})
+        base.activation_checkpointing_enable({"use_reentrant": False})
     model.set_adapter(POLICY)
     shared.flag()
     if cfg.adapter.method is not Method.qlora:  # 4 bits lie where they were loaded
@@ -258,7 +260,7 @@ def _separate(
         model.to(device).eval()  # type: ignore[arg-type]
     if cfg.ppo.gradient_checkpointing:
         for model in (trained, value):
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
     rewards = _own_reward(cfg, rewarded, tokenizer, device) if rewarded is not None else None
     models = {Role.policy: trained, Role.reference: reference, Role.value: value}
     return Roles(None, models, head.to(device), rewards)
