@@ -52,7 +52,7 @@ doctor: ## say what this machine can run and what is missing
 recipes doctor: $(READY)
 	@$(BIN)/ftpipe $@
 
-.PHONY: test test-slow bench-sft bench-prepare bench-preferences bench-ppo bench-ppo-learning
+.PHONY: test test-slow bench-sft bench-prepare bench-preferences bench-ppo bench-ppo-learning bench-ppo-memory
 test: ## run the fast tests; args="-k name" for some of them
 test: $(READY)
 	$(BIN)/pytest -n auto --maxprocesses 4 -m 'not slow' $(ARGS)
@@ -74,6 +74,9 @@ bench-ppo: $(READY)
 bench-ppo-learning: ## see what PPO learns, against known truths, over several seeds
 bench-ppo-learning: $(READY)
 	$(BIN)/python benchmarks/ppo_learning.py $(ARGS)
+bench-ppo-memory: ## measure PPO's memory with four roles on one 4-bit base of 7B; needs a GPU
+bench-ppo-memory: $(READY)
+	$(BIN)/python benchmarks/ppo_memory.py $(ARGS)
 
 .PHONY: check lint types format
 check: ## lint and types
