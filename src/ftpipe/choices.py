@@ -65,6 +65,7 @@ class Pairs(StrEnum):
 
 class TemplateName(StrEnum):
     tokenizer = "tokenizer"
+    plain = "plain"
     alpaca = "alpaca"
     guanaco = "guanaco"
     vicuna = "vicuna"

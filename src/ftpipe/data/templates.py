@@ -41,6 +41,20 @@ class Ends(NamedTuple):
     eos: str
 
 
+def plain(turns: Sequence[Turn], ends: Ends) -> Pieces:
+    """No marks: the user's words as they are, a space, the answer and eos; a system prompt in front.
+
+    TL;DR as vwxyzjn/summarize_from_feedback_details has it (tldr_dataset.py): what the user says ends
+    with ``TL;DR:``. The space before an answer counts to it: BPE makes one token of space and word.
+    """
+    system, spoken = _split_system(turns)
+    pieces = [Piece(f"{system}\n\n", Role.system)] if system else []
+    for turn in spoken:
+        answer = turn.role is Role.assistant
+        pieces.append(Piece(f" {turn.text}{ends.eos}" if answer else turn.text, turn.role))
+    return pieces
+
+
 def alpaca(turns: Sequence[Turn], ends: Ends) -> Pieces:
     """stanford_alpaca train.py PROMPT_DICT; no space after ``### Response:``; target = output + eos.
 
@@ -210,6 +224,7 @@ def _split_system(turns: Sequence[Turn]) -> tuple[str, Sequence[Turn]]:
 
 
 TEMPLATES: Mapping[TemplateName, Callable[[Sequence[Turn], Ends], Pieces]] = {
+    TemplateName.plain: plain,
     TemplateName.alpaca: alpaca,
     TemplateName.guanaco: guanaco,
     TemplateName.hh: hh,

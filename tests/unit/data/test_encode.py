@@ -108,6 +108,7 @@ VICUNA = (
 ONE_EOS = (TemplateName.guanaco, TemplateName.hh)  # at the end of the whole text
 # What each template puts in front for a system prompt, which may be empty.
 OPENINGS: dict[TemplateName, Callable[[str, str], list[Part]]] = {
+    TemplateName.plain: lambda system, _: [Part(system and system + "\n\n", S)],
     TemplateName.alpaca: lambda *_: [],
     TemplateName.guanaco: lambda system, _: [Part(system and system + "\n", S)],
     TemplateName.hh: lambda system, _: [Part(system, S)],
@@ -122,6 +123,7 @@ OPENINGS: dict[TemplateName, Callable[[str, str], list[Part]]] = {
 }
 # What each template makes of a question and its answer.
 EXCHANGES: dict[TemplateName, Callable[[str, str, str], list[Part]]] = {
+    TemplateName.plain: lambda user, answer, eos: [Part(user, U), Part(f" {answer}{eos}", A)],
     TemplateName.alpaca: lambda user, answer, eos: [
         Part(
             "Below is an instruction that describes a task. Write a response that appropriately "

@@ -53,6 +53,12 @@ VICUNA = (
 
 # Of a tokenizer whose eos is <|endoftext|> and that puts no bos.
 PUBLISHED = [
+    (TemplateName.plain, turns("POST: Hi.\n\nTL;DR:", "Hi"), "POST: Hi.\n\nTL;DR: Hi<|endoftext|>"),
+    (
+        TemplateName.plain,
+        turns("Hi?", "Yes.", "Sure?", "No.", system="Be brief."),
+        "Be brief.\n\nHi? Yes.<|endoftext|>Sure? No.<|endoftext|>",
+    ),
     (
         TemplateName.alpaca,
         ONE,
