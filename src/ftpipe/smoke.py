@@ -7,6 +7,7 @@ of the model, weights, tokenizer, rows, and the number of steps. Needs no downlo
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -105,6 +106,9 @@ def smoke_form(cfg: RunConfig) -> RunConfig:
         answers.samples = min(answers.samples, 1)
         answers.sample_tokens = min(answers.sample_tokens, 8)
     small.ppo.max_new_tokens = min(small.ppo.max_new_tokens, 8)
+    # a smaller rollout still has as many updates as divide what each rank has of it
+    of_rank = small.ppo.batch_size // small.launch.processes
+    small.ppo.minibatches = math.gcd(small.ppo.minibatches, of_rank)
     small.ppo.samples = min(small.ppo.samples, 1)
     small.ppo.ignore_gate = True  # a few steps of a tiny model pass no gate
     small.reward.ensemble = min(small.reward.ensemble, 2)

@@ -272,6 +272,21 @@ def test_the_smoke_form_of_what_fits_fits(
     assert small.sft.batch_size <= max(8, processes)
 
 
+@pytest.mark.parametrize(
+    ("minibatches", "processes", "left"), [(16, 1, 8), (6, 1, 2), (3, 1, 1), (8, 4, 2), (16, 16, 1)]
+)
+def test_a_smaller_rollout_is_still_divided(
+    big: RunConfig, minibatches: int, processes: int, left: int
+) -> None:
+    # 8 answers, or one for each of more ranks; every minibatch needs an answer of every rank
+    big.stages = ["prepare", "ppo"]
+    big.launch.processes, big.launch.micro_batch_size = processes, 1
+    big.ppo.batch_size, big.ppo.minibatches = 48 * minibatches, minibatches
+    small = smoke.smoke_form(big)
+    assert (small.ppo.batch_size, small.ppo.minibatches) == (max(8, processes), left)
+    small.check()
+
+
 def test_the_original_is_left_alone_and_all_else_is_kept(big: RunConfig) -> None:
     before = copy.deepcopy(big)
     small = smoke.smoke_form(big)
@@ -286,7 +301,7 @@ def test_the_original_is_left_alone_and_all_else_is_kept(big: RunConfig) -> None
         ),
         *("launch.micro_batch_size", "reward.ensemble"),
         *(f"ppo.{key}" for key in ("max_steps", "batch_size", "log_every", "samples")),
-        *("ppo.max_new_tokens", "ppo.ignore_gate"),
+        *("ppo.max_new_tokens", "ppo.ignore_gate", "ppo.minibatches"),
     }
 
     def value(tree: Any, key: str) -> Any:
