@@ -8,12 +8,12 @@ import pytest
 
 from ftpipe import artifacts, cli, compose
 from ftpipe.artifacts import Artifact
-from ftpipe.choices import Start
+from ftpipe.choices import RewardKind, Start
 from ftpipe.config import RunConfig
 from ftpipe.pipeline import STAGES
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
-TRAINED = ("sft", "reward", "dpo")
+TRAINED = {"sft": "steps", "reward": "steps", "dpo": "steps", "ppo": "rollouts"}  # what counts
 FAST = ("tiny", "tiny-dpo", "qlora-llama7b")  # the others take as long again
 SMOKE = [
     pytest.param(path.stem, marks=() if path.stem in FAST else pytest.mark.slow) for path in RECIPES
@@ -46,23 +46,26 @@ def check_training(cfg: RunConfig, made: dict[str, Artifact]) -> None:
     trained = [stage for stage in TRAINED if stage in cfg.stages]
     assert trained
     for stage in trained:
-        assert made[stage].metrics["steps"] == getattr(cfg, stage).max_steps
+        assert made[stage].metrics[TRAINED[stage]] == getattr(cfg, stage).max_steps
         assert list(made[stage].path.rglob("*.safetensors"))
 
 
 def check_inputs(cfg: RunConfig, made: dict[str, Artifact]) -> None:
     """Each stage was given what the latest stage before it made."""
-    for stage in ("reward", "dpo", "reference"):
+    dpo = cfg.dpo.start
+    starts = {"reward": cfg.reward.start, "dpo": dpo, "reference": dpo, "ppo": cfg.ppo.start}
+    for stage, start in starts.items():
         if stage not in cfg.stages:
             continue
         before = cfg.stages[: cfg.stages.index(stage)]
-        start = (cfg.reward if stage == "reward" else cfg.dpo).start
         makers = [name for name in before if STAGES[name].makes == "policy"]
         came = "model" if start is Start.model else makers[-1]
         inputs = made[stage].manifest["inputs"]
         kind = STAGES[came].makes
         assert inputs[kind] == made[came].path.name
         assert ("reference_logps" in inputs) == (stage == "dpo" and "reference" in before)
+        by_model = stage == "ppo" and cfg.ppo.reward is RewardKind.model
+        assert ("reward_model" in inputs) == by_model
 
 
 def test_every_recipe_says_what_it_is() -> None:

@@ -16,17 +16,20 @@ from ftpipe.choices import (
     Format,
     Init,
     Method,
+    Normalize,
     Optimizer,
     OverLength,
     Pairs,
     Part,
     Precision,
     PreferenceLoss,
+    RewardKind,
     Role,
     Scheduler,
     Start,
     TemplateName,
     Use,
+    ValueStart,
 )
 from ftpipe.config import ModelConfig, RunConfig
 from ftpipe.training_config import TrainingConfig
@@ -451,6 +454,236 @@ def test_the_reward_model_of_open_assistant_sees_the_published_threads(gpu: None
     assert cfg.data.pairs is Pairs.all  # losses.py, RMLoss: torch.combinations
     assert cfg.data.max_length == 2048  # max_length: 2048
     assert cfg.data.validation == 0.1  # val_split: 0.1
+
+
+# --- Open-Assistant's PPO: LAION-AI/Open-Assistant, model/model_training ---
+
+
+@pytest.fixture
+def oasst(gpu: None) -> RunConfig:
+    return resolved("oasst-ppo-pythia1.4b")
+
+
+def test_open_assistants_ppo_optimises_as_published(oasst: RunConfig) -> None:
+    ppo = oasst.ppo  # configs/ppo_config.yaml, optimizer, scheduler
+    assert oasst.stages == ["prepare", "sft", "reward", "ppo"]
+    assert ppo.learning_rate == 1e-6  # lr: 1.0e-6
+    assert ppo.value_learning_rate in (None, 1e-6)  # one optimizer
+    assert ppo.optimizer is Optimizer.adamw  # name: adamw
+    assert (ppo.adam_beta1, ppo.adam_beta2) == (0.9, 0.95)  # betas: [0.9, 0.95]
+    assert (ppo.adam_epsilon, ppo.weight_decay) == (1e-8, 1e-6)  # eps: 1.0e-8, weight_decay: 1.0e-6
+    # cosine_annealing, T_max: 10000, eta_min: 1.0e-6, which is lr
+    assert (ppo.scheduler, ppo.warmup_ratio, ppo.warmup_steps) == (Scheduler.constant, 0.0, None)
+    assert ppo.max_grad_norm == 1.0  # deepspeed_rl.json: auto; accelerate, _prepare_deepspeed: 1.0
+    # config_rl.yaml, defaults_rlhf: num_rollouts: 16, batch_size: 1; README.md: --num_processes 6
+    assert (ppo.batch_size, ppo.batch_size // ppo.minibatches) == (16 * 6, 1 * 6)
+    assert ppo.ppo_epochs == 4  # ppo_epochs: 4
+    # config_rl.yaml: total_steps: 10000, of optimiser steps
+    assert ppo.max_steps is not None
+    assert (ppo.max_steps - 1) * 16 * 4 < 10_000 <= ppo.max_steps * 16 * 4
+    # eval_interval: 250 updates, checkpoint_interval: 1000, to the nearest rollout
+    assert (ppo.eval_every, ppo.save_every) == (round(250 / 64), round(1000 / 64))
+    assert oasst.seed == 0xA1221F97  # config_rl.yaml: rng_seed: 0xa1221f97
+
+
+def test_open_assistants_ppo_has_the_published_objective(oasst: RunConfig) -> None:
+    ppo = oasst.ppo  # configs/ppo_config.yaml, method
+    assert (ppo.beta, ppo.kl_target, ppo.kl_horizon) == (0.1, 6, 10_000)  # init_kl_coef, target, horizon
+    assert (ppo.gamma, ppo.lam) == (1, 0.95)  # gamma: 1, lam: 0.95
+    assert (ppo.clip, ppo.value_clip) == (0.4, 0.4)  # cliprange: 0.4, cliprange_value: 0.4
+    assert (ppo.value_weight, ppo.score_clip) == (1, 4)  # vf_coef: 1, cliprange_reward: 4
+    assert (ppo.max_new_tokens, ppo.temperature, ppo.top_p) == (512, 1.0, 0.7)  # gen_kwargs
+    assert ppo.missing_eos_penalty == 0  # ppo_utils.py: forced_eos_token_id, so none is missing
+    assert (ppo.whiten_rewards, ppo.mask_truncated) == (False, False)  # trlx: neither
+    assert (ppo.entropy_weight, ppo.ptx_weight, ppo.target_kl) == (0.0, 0.0, None)  # trlx: none of them
+    assert (ppo.start, ppo.reward) == (Start.policy, RewardKind.model)
+    assert ppo.value_start is ValueStart.policy  # trlx, make_value_branch: a new head on the policy
+    # seq_length 2032 leaves 1,520 tokens for a prompt
+    assert oasst.data.max_length + ppo.max_new_tokens <= 2048
+    (source,) = oasst.data.sources.values()
+    assert set(source.use) == {Use.demonstrations, Use.preferences, Use.prompts}
+
+
+def test_open_assistants_sft_is_that_of_its_pythia_1b(oasst: RunConfig) -> None:
+    sft = oasst.sft  # configs/config.yaml, pythia-1B over defaults
+    assert (sft.learning_rate, sft.warmup_steps) == (8e-6, 10)  # learning_rate: 8e-6, warmup_steps: 10
+    # per_device_train_batch_size: 4, gradient_accumulation_steps: 1
+    assert (sft.batch_size, sft.epochs, sft.max_steps) == (4, 3, None)  # num_train_epochs: 3
+    assert (sft.adam_beta1, sft.adam_beta2, sft.adam_epsilon) == (0.9, 0.95, 1e-12)  # defaults
+    assert (sft.weight_decay, sft.max_grad_norm) == (0.0, 2.0)  # weight_decay: 0.0, max_grad_norm: 2.0
+    # trainer_sft.py: ADAMW_HF, and no schedule: TrainingArguments has linear
+    assert (sft.optimizer, sft.scheduler) == (Optimizer.adamw, Scheduler.linear)
+    assert (sft.log_every, sft.eval_every, sft.save_every) == (10, 200, 1000)
+    assert sft.keep_checkpoints == 4  # save_total_limit: 4
+    # the reward model is that of its own recipe
+    alone = resolved("oasst-rm-pythia1.4b")
+    assert (oasst.reward, oasst.model, oasst.launch) == (alone.reward, alone.model, alone.launch)
+
+
+# --- TL;DR: vwxyzjn/summarize_from_feedback_details, for arXiv:2403.17031 ---
+
+
+@pytest.fixture
+def tldr(gpu: None) -> RunConfig:
+    return resolved("instructgpt-tldr-pythia1b")
+
+
+def test_tldr_starts_from_pythia_1b(tldr: RunConfig) -> None:
+    assert tldr.stages == ["prepare", "sft", "reward", "ppo"]
+    assert tldr.model.path == "EleutherAI/pythia-1b-deduped"  # sbatches: MODELS
+    assert tldr.adapter.method is Method.full
+    # EleutherAI/pythia, README.md: 16 layers of 2,048, 8 heads; the model's card: 1,011,781,632
+    assert pythia_weights(tldr.model) == 1_011_781_632
+    shape = tldr.model.architecture
+    assert (shape["num_hidden_layers"], shape["hidden_size"], shape["num_attention_heads"]) == (
+        16,
+        2048,
+        8,
+    )
+    assert (shape["rotary_pct"], shape["use_parallel_residual"]) == (0.25, True)
+    assert tldr.seed in (44413, 55513, 66613, 77713)  # sbatches: SEEDS
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_every_stage_of_tldr_has_the_published_optimiser(tldr: RunConfig, stage: str) -> None:
+    training: TrainingConfig = getattr(tldr, stage)  # Args of sft.py, reward.py, ppo_left_padding.py
+    assert training.learning_rate == 3e-6  # lr: 3e-6; sbatches: LR=3e-6
+    assert training.optimizer is Optimizer.adamw  # optimizer: adamw
+    assert training.adam_epsilon == 1e-5  # eps: 1e-5
+    # torch.optim.AdamW(lr, eps): its own betas and weight decay
+    assert (training.adam_beta1, training.adam_beta2) == (0.9, 0.999)
+    assert training.weight_decay == 0.01
+    assert training.max_grad_norm == 0  # deepspeed1.yaml: no gradient_clipping
+    assert training.warmup_steps == 0  # warm_up_steps: 0
+    # micro-batches, accumulation and GPUs: sft.py 1 x 16 x 8; reward.py 1 x 8 x 8;
+    # ppo_left_padding.sbatch 16 x 4 x 8
+    assert training.batch_size == {"sft": 128, "reward": 64, "ppo": 512}[stage]
+    # get_scheduler(cosine); lrnow = frac * lr
+    falls = Scheduler.linear if stage == "ppo" else Scheduler.cosine
+    assert training.scheduler is falls
+    if stage != "ppo":
+        assert (training.epochs, training.max_steps) == (1, None)  # num_train_epochs: 1
+
+
+def test_tldrs_ppo_is_as_published(tldr: RunConfig) -> None:
+    ppo = tldr.ppo  # ppo_left_padding.py: Args, PpoHParams, RewardHParams
+    assert ppo.max_steps == 1_000_000 // 512  # total_episodes: 1000000
+    assert (ppo.ppo_epochs, ppo.minibatches) == (4, 1)  # noptepochs: 4, nminibatches: 1
+    assert (ppo.clip, ppo.value_clip, ppo.value_weight) == (0.2, 0.2, 0.1)  # cliprange, _value, vf_coef
+    assert (ppo.gamma, ppo.lam, ppo.whiten_rewards) == (1, 0.95, True)
+    assert (ppo.beta, ppo.kl_target) == (0.05, None)  # kl_coef: 0.05, use_adaptive_kl: False
+    assert (ppo.max_new_tokens, ppo.temperature, ppo.top_p) == (53, 0.7, 1.0)  # response_length: 53
+    assert ppo.missing_eos_penalty == 1  # penalty_reward_value: -1, non_eos_penalty: True
+    assert (ppo.score_clip, ppo.entropy_weight, ppo.ptx_weight, ppo.target_kl) == (None, 0.0, 0.0, None)
+    assert (
+        ppo.value_start is ValueStart.reward
+    )  # critic = ScalarModel.from_pretrained(reward_model_path)
+    assert (ppo.start, ppo.reward) == (Start.policy, RewardKind.model)
+    assert ppo.generation_batch_size == 64  # local_rollout_forward_batch_size=64
+    assert ppo.eval_every == 220  # print_sample_output_freq: 220
+    assert tldr.launch.micro_batch_size == 16  # local_micro_batch_size=16
+    assert tldr.launch.precision is Precision.bf16  # mixed_precision: bf16
+    reward = tldr.reward  # reward.py: -logsigmoid(chosen - rejected).mean()
+    assert reward.start is Start.policy  # --sft_model_path
+    assert (reward.margin, reward.l2, reward.center, reward.ensemble) == (0.0, 0.0, 0.0, 1)
+    assert reward.normalize is Normalize.demonstrations  # reward.py: the mean of reference responses
+
+
+def test_tldr_sees_the_published_rows(tldr: RunConfig) -> None:
+    sources = tldr.data.sources
+    posts, choices = "tldr-preference-sft-trl-style", "tldr-preference-trl-style"
+    # huggingface/trl, examples/datasets/tldr_preference.py: hf_repo_id, sft_hf_repo_id
+    found = {(one.path, one.split, one.part) for one in sources.values()}
+    assert found == {
+        (f"trl-internal-testing/{posts}", "train", Part.auto),
+        (f"trl-internal-testing/{posts}", "validation", Part.validation),
+        (f"trl-internal-testing/{posts}", "test", Part.test),
+        (f"trl-internal-testing/{choices}", "train", Part.auto),
+        (f"trl-internal-testing/{choices}", "validation", Part.validation),
+    }
+    for one in sources.values():
+        format_ = Format.messages if one.path.endswith(posts) else Format.preference
+        assert one.format is format_
+        if format_ is Format.messages:  # sft.py and ppo_left_padding.py read one query_dataset
+            assert set(one.use) == {Use.demonstrations, Use.prompts}
+    # the hub's pages of both repositories
+    assert {one.revision for one in sources.values()} == {
+        "462bcbf9c2eb9d30b4a029c1ed561710a571398c",
+        "dbc4f3ac9e0f9849b55e1ea7a65bfd7d64e4709b",
+    }
+    assert tldr.model.revision == "7199d8fc61a6d565cd1f3c62bf11525b563e13b2"
+    assert tldr.data.template is TemplateName.plain
+    assert set(tldr.data.learn) == {Role.user, Role.assistant}  # sft.py masks padding alone
+    assert tldr.data.max_length == 638  # tldr_dataset.py: max_rm_query_response_length
+    assert tldr.data.over_length is OverLength.truncate  # tldr_dataset.py: truncation=True
+    assert (tldr.data.duplicates, tldr.data.validation) == (Choice.keep, 0)  # all of train
+
+
+# --- RLHF on LLaMA-7B: huggingface/trl, examples/research_projects/stack_llama/scripts ---
+
+
+@pytest.fixture
+def rlhf(gpu: None) -> RunConfig:
+    return resolved("rlhf-llama7b")
+
+
+def test_rlhf_on_llama_has_stack_llamas_ppo(rlhf: RunConfig) -> None:
+    ppo = rlhf.ppo  # README.md: the command of rl_training.py
+    assert ppo.learning_rate == 1.4e-5  # --learning_rate=1.4e-5
+    assert ppo.batch_size == 8 * 8  # --batch_size=8, --num_processes 8
+    assert (ppo.ppo_epochs, ppo.minibatches) == (4, 1)  # --ppo_epochs=4; 1 x 8 accumulated is the batch
+    assert ppo.max_new_tokens == 128  # --output_max_length=128
+    assert ppo.target_kl == pytest.approx(1.5 * 0.1)  # --early_stopping=True, target_kl 0.1
+    assert (ppo.beta, ppo.kl_target, ppo.kl_horizon) == (0.2, 6, 10_000)  # PPOConfig
+    assert (ppo.gamma, ppo.lam, ppo.clip, ppo.value_clip) == (1, 0.95, 0.2, 0.2)  # PPOConfig
+    assert (ppo.value_weight, ppo.max_grad_norm) == (0.1, 0)  # vf_coef, max_grad_norm: None
+    assert (ppo.temperature, ppo.top_p) == (1.0, 1.0)  # generation_kwargs
+    # torch.optim.Adam(lr), no lr_scheduler
+    assert (ppo.adam_beta1, ppo.adam_beta2, ppo.adam_epsilon) == (0.9, 0.999, 1e-8)
+    assert (ppo.weight_decay, ppo.scheduler) == (0.0, Scheduler.constant)
+    assert (ppo.epochs, ppo.max_steps) == (1, None)  # one enumerate(ppo_trainer.dataloader)
+    assert (ppo.whiten_rewards, ppo.score_clip) == (False, None)  # PPOConfig: score_clip: None
+    assert (ppo.save_every, rlhf.seed) == (100, 0)  # --save_freq=100, --seed=0
+    assert ppo.reward is RewardKind.model  # --reward_model_name
+
+
+def test_rlhf_on_llama_has_stack_llamas_reward_model(rlhf: RunConfig) -> None:
+    reward = rlhf.reward  # reward_modeling.py
+    assert (reward.learning_rate, reward.weight_decay) == (2e-5, 0.001)
+    # per_device_train_batch_size: 4, gradient_accumulation_steps: 1, --nproc_per_node 8
+    assert (reward.batch_size, reward.epochs, reward.max_steps) == (4 * 8, 1, None)
+    assert reward.scheduler is Scheduler.linear  # lr_scheduler_type: linear
+    assert (reward.log_every, reward.eval_every, reward.save_every) == (10, 500, 500)
+    assert rlhf.launch.precision is Precision.bf16  # bf16: True
+
+
+def test_rlhf_on_llama_is_built_as_instructgpt(rlhf: RunConfig, guanaco: RunConfig) -> None:
+    assert rlhf.stages == ["prepare", "sft", "reward", "ppo"]
+    # arXiv:2203.02155: both start from SFT, the value function from the reward model
+    assert (rlhf.reward.start, rlhf.ppo.start) == (Start.policy, Start.policy)
+    assert rlhf.ppo.value_start is ValueStart.reward
+    assert (rlhf.model, rlhf.adapter) == (guanaco.model, guanaco.adapter)
+    same = ["learning_rate", "max_steps", "batch_size", "optimizer", "max_grad_norm", "scheduler"]
+    same += ("adam_beta2", "weight_decay", "group_by_length", "gradient_checkpointing", "save_every")
+    assert [getattr(rlhf.sft, key) for key in same] == [getattr(guanaco.sft, key) for key in same]
+    (source,) = rlhf.data.sources.values()
+    # timdettmers/openassistant-guanaco: the best-ranked reply at every turn of OASST1
+    assert (source.path, source.top_k) == ("OpenAssistant/oasst1", 1)
+    assert set(source.use) == {Use.demonstrations, Use.preferences, Use.prompts}
+    assert source.languages == ["en"]
+    assert rlhf.data.max_length == 1024  # supervised_finetuning.py: --seq_length 1024
+    assert rlhf.data.template is TemplateName.vicuna  # guanaco's has one eos, at the end of a thread
+
+
+def test_rlhf_on_llama_saves_memory_at_every_stage(rlhf: RunConfig) -> None:
+    for stage in (rlhf.sft, rlhf.reward, rlhf.ppo):
+        assert stage.gradient_checkpointing is True
+        assert stage.optimizer is Optimizer.paged_adamw_32bit
+    assert rlhf.launch.micro_batch_size == 1
+    # keys and values: 32 layers x 2 x 4,096 numbers of 2 bytes for each token
+    assert rlhf.ppo.generation_batch_size is not None
+    tokens = rlhf.ppo.generation_batch_size * (rlhf.data.max_length + rlhf.ppo.max_new_tokens)
+    assert tokens * 32 * 2 * 4096 * 2 < 5e9
 
 
 # --- commits: what the hub showed for these repositories ---
