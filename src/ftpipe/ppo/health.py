@@ -41,7 +41,7 @@ def measures(found: Experience) -> dict[str, float]:
     lengths_B = mask_BT.sum(1).float()
     shown = {
         "score": found.scores_B.mean().item(),
-        "score_std": found.scores_B.std(correction=0).item(),
+        "score_std": found.scores_B.double().std(correction=0).item(),  # exactly 0 where all are equal
         "kl": kl.k1(apart_BT).sum(1).mean().item(),
         "kl_k2": kl.k2(apart_BT).sum(1).mean().item(),
         "kl_k3": kl.k3(apart_BT).sum(1).mean().item(),

@@ -126,10 +126,10 @@ class PpoTrainer:
             self.progress.first = self.progress.first or shown
             self.progress.last = shown
             done = self.progress.rollouts
+            if self.ppo.eval_every and done % self.ppo.eval_every == 0:
+                measure(done)  # before the checkpoint, which nothing would measure any more
             if self.ppo.save_every and (done % self.ppo.save_every == 0 or done == self.rollouts):
                 self._save()
-            if self.ppo.eval_every and done % self.ppo.eval_every == 0:
-                measure(done)
         first, last = self.progress.first, self.progress.last
         named = {f"{name}_first": first[name] for name in ("score", "kl", "length", "entropy")}
         return {"rollouts": float(self.progress.rollouts), **named, **last}
@@ -226,9 +226,14 @@ class PpoTrainer:
         return sorted(everyone, key=lambda one: one.place)
 
     def scores(
-        self, judged: Sequence[Judged], references: Sequence[str | None]
+        self, judged: Sequence[Judged], references: Sequence[str]
     ) -> tuple[list[float] | None, list[float] | None]:
-        """Return what the reward function says, and the one that is only watched; None without one."""
+        """Return what the reward function says, and the one that is only watched; None without one.
+
+        Args:
+            references: of the prompts; empty where a row has none.
+        """
+        known = [reference or None for reference in references]
         decode = partial(self.tokenizer.decode, skip_special_tokens=True)
         prompts = [str(decode(list(one.answer.prompt))) for one in judged]
         texts = [str(decode(list(one.answer.tokens))) for one in judged]
@@ -237,7 +242,7 @@ class PpoTrainer:
             if name is None:
                 return None
             function = functions.named(name, parameters)
-            return functions.scores(name, function, prompts, texts, references)
+            return functions.scores(name, function, prompts, texts, known)
 
         function, watch = self.ppo.function, self.ppo.watch
         return by(function.name, function.parameters), by(watch.name, watch.parameters)

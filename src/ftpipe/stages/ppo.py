@@ -12,7 +12,7 @@ import math
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +98,7 @@ def run(cfg: RunConfig, inputs: Mapping[str, Artifact], out: Path) -> dict[str, 
         tracker = None
         if updater.ranks.rank == 0:
             tracker = stack.enter_context(Tracker(cfg, "ppo", out, trainer.progress.rollouts))
-        shown = Shown(cfg, trainer, validation, tracker, out)
+        shown = Shown(cfg, trainer, validation, tracker, out, trainer.progress.rollouts)
         before = shown.measure(0)
         metrics = trainer.train(shown.rollout, shown.measure)
         metrics |= {f"{name}_before": value for name, value in before.items()}
@@ -213,13 +213,21 @@ def make_updater(
 
 @dataclass(frozen=True)
 class Shown:
-    """What a person sees of a run: lines, metrics, held-out answers over time, curves."""
+    """What a person sees of a run: lines, metrics, held-out answers over time, curves.
+
+    Attributes:
+        tracker: of the first rank.
+        done: rollouts that an interrupted run left, from which this one goes on.
+        measured: of held-out prompts by this process, by how many rollouts came before.
+    """
 
     cfg: RunConfig
     trainer: PpoTrainer
     validation: Dataset
-    tracker: Tracker | None  # of the first rank
+    tracker: Tracker | None
     out: Path
+    done: int
+    measured: dict[int, dict[str, float]] = field(default_factory=dict)
 
     def rollout(self, number: int, shown: dict[str, float]) -> None:
         """Show one rollout's measures."""
@@ -242,8 +250,10 @@ class Shown:
         """Measure held-out prompts after so many rollouts, or return what was measured then."""
         if not len(self.validation):
             return {}
+        if number in self.measured:
+            return self.measured[number]
         path = self._answers(number)
-        if path.is_file() and number <= self.trainer.progress.rollouts:
+        if path.is_file() and number <= self.done:  # a later one's line is dropped from the metrics
             known: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))["measures"]
             return known
         found = held_out(self.trainer, self.validation)
@@ -253,6 +263,7 @@ class Shown:
             write_atomic(path, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
             self.tracker.log(number, measures)
             say(f"after {number} rollouts: {in_words(measures)}")
+        self.measured[number] = measures
         return measures
 
     def _answers(self, number: int) -> Path:
