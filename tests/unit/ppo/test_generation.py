@@ -68,6 +68,15 @@ def test_numbers_are_uniform_and_below_1() -> None:
     assert torch.equal(found * 2**40, (found * 2**40).floor())
 
 
+def test_numbers_next_to_1_are_rounded_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ends:
+        def random(self, count: int) -> np.ndarray:
+            return np.array([1 - 2.0**-53, 2.0**-53, 0.5])
+
+    monkeypatch.setattr(np.random, "default_rng", lambda _: Ends())
+    assert uniforms((1,), 3).tolist() == [1 - 2.0**-40, 0.0, 0.5]
+
+
 def test_numbers_are_their_keys_alone() -> None:
     found = uniforms((7, 0, 1, 2), 50)
     assert torch.equal(uniforms([7, 0, 1, 2], 50), found)
@@ -193,6 +202,14 @@ def test_prompts_of_similar_length_are_answered_together(monkeypatch: pytest.Mon
     seen.clear()
     answers(policy, PROMPTS, KEYS, config(), STOPS, PAD)
     assert seen == [(7, 9)]
+
+
+def test_a_batch_ends_when_all_of_its_answers_have() -> None:
+    policy, passes = model(), []
+    policy.register_forward_hook(lambda *_: passes.append(1))
+    found = answers(policy, PROMPTS, KEYS, config(), set(range(WORDS)), PAD)
+    assert all(one.ended and len(one.tokens) == 1 for one in found)
+    assert len(passes) == 1
 
 
 def test_nothing_is_asked_and_nothing_answered() -> None:

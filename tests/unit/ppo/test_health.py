@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections import Counter
@@ -126,6 +127,14 @@ def test_correlation_is_pearsons_and_none_where_one_is_constant() -> None:
         assert math.isnan(correlation(one_N, torch.full((40,), constant)))
 
 
+def test_equal_scores_have_no_deviation_at_all() -> None:
+    # a sum of float32 is rounded, and that would be a deviation
+    for count, score in itertools.product((2, 3, 7, 48, 64, 100), (0.1, -7.3, 1 / 3, 12345.678)):
+        some = [replace(one, place=at) for at, one in enumerate(judged() * count)][:count]
+        found = experience(some, [score] * count, None, 0.3, PpoConfig())
+        assert measures(found)["score_std"] == 0
+
+
 def test_explained_variance_at_its_ends() -> None:
     returns_N = torch.tensor([1.0, 2.0, 4.0])
     assert explained_variance(returns_N, returns_N) == 1
@@ -199,12 +208,13 @@ def test_without_a_limit_nothing_is_too_far(key: str) -> None:
         watch.look(GOOD | far[key])
 
 
-def test_the_first_rollout_is_what_later_ones_are_held_against() -> None:
+@pytest.mark.parametrize("first", [4.0, 2.0])
+def test_the_first_rollout_is_what_later_ones_are_held_against(first: float) -> None:
     watch = Watch(replace(LIMITS, patience=1))
-    for entropy in (4.0, 3.0, 2.0, 1.1):
-        watch.look(GOOD | {"entropy": entropy})
+    for share in (1.0, 0.75, 0.5, 0.26):
+        watch.look(GOOD | {"entropy": share * first})
     with pytest.raises(HealthError):  # a quarter of the first one's, not of the last one's
-        watch.look(GOOD | {"entropy": 0.9})
+        watch.look(GOOD | {"entropy": 0.24 * first})
 
 
 def test_a_policy_that_never_ended_its_answers_is_not_blamed_for_it() -> None:

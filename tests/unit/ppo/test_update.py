@@ -213,7 +213,8 @@ KEYS: list[dict[str, Any]] = [
     {"weighting": Weighting.sequences},
     {"value_clip": None, "entropy_weight": 0.5},
     {"mask_truncated": True},
-    {"mask_truncated": True, "weighting": Weighting.sequences, "clip": 0.05},
+    {"mask_truncated": True, "weighting": Weighting.sequences},
+    {"clip": 0.6, "value_clip": 0.1},
 ]
 
 
@@ -246,7 +247,7 @@ def test_later_steps_are_those_of_the_papers_loss_too(
 
 
 def test_what_is_shown_is_the_mean_over_minibatches_but_for_the_first_ratio() -> None:
-    held, ppo = roles(), config(ppo_epochs=3)
+    held, ppo = roles(), config(ppo_epochs=3, clip=0.35)
     found = rollout(held, ppo)
     made, seen = updater(held, ppo, rate=0.05)
     shown = made.update(found, 0, 0)
@@ -363,6 +364,17 @@ def test_updates_end_where_the_policy_is_too_far_from_the_rollout() -> None:
     assert not any(model.training for model in held.models.values())
     within = updater(roles(), replace(ppo, target_kl=2 * max(kls)), rate=0.01)[0].update(found, 0, 0)
     assert within["updates"] == 6
+
+
+def test_they_may_end_before_the_first_step() -> None:
+    # rounding in 16 bits alone can be more than is asked for
+    held, ppo = roles(), config(target_kl=1e-6)
+    found = rollout(held, ppo)
+    made, seen = updater(held, ppo, rate=0.05, precision=Precision.bf16)
+    shown = made.update(replace(found, logps_BT=found.logps_BT + 0.01), 0, 0)
+    assert shown["updates"] == 0 and not seen.gradients
+    assert shown["approx_kl"] == pytest.approx(0.01**2 / 2, rel=0.01)
+    assert shown["ratio_off"] == pytest.approx(0.01, rel=1e-3)
 
 
 def test_a_policy_that_did_not_draw_the_answers_is_refused() -> None:
