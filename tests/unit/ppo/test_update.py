@@ -532,6 +532,24 @@ def test_a_rank_without_answers_does_not_stop_at_its_own_measures() -> None:
         made.update(rollout(held, ppo), 0, 0)
 
 
+def test_gradients_measures_and_the_loss_on_demonstrations_are_summed_over_ranks() -> None:
+    class Twice(Ranks):  # as if another rank had the same
+        def sum(self, values: Sequence[Tensor]) -> None:
+            for value in values:
+                value *= 2
+
+    held, ppo = roles(), config()
+    found = rollout(held, ppo)
+    made, alone = updater(held, ppo, ptx=lambda _: torch.tensor(0.75))
+    want = made.update(found, 0, 0)
+    made, seen = updater(held, ppo, ranks=Twice(), ptx=lambda _: torch.tensor(0.75))
+    shown = made.update(found, 0, 0)
+    close(seen.gradients[0], {name: 2 * each for name, each in alone.gradients[0].items()})
+    assert want["ptx_loss"] == 0.75
+    for name in (*update.MEASURES, "ptx_loss", "policy_grad_norm", "value_grad_norm"):
+        assert shown[name] == pytest.approx(2 * want[name], rel=1e-5), name
+
+
 def test_tensors_of_all_shapes_and_types_are_summed_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     messages: list[torch.dtype] = []
 
