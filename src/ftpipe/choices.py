@@ -238,6 +238,12 @@ class Weighting(StrEnum):
     sequences = "sequences"
 
 
+class Algorithm(StrEnum):
+    ppo = "ppo"
+    rloo = "rloo"
+    grpo = "grpo"
+
+
 class RewardKind(StrEnum):
     model = "model"
     function = "function"

@@ -362,6 +362,10 @@ class RunConfig:
                 "stages: 'merge' writes an adapter into its base, but adapter.method=full makes none; "
                 "leave 'merge' out."
             )
+        if "ppo" in self.stages and self.launch.precision is Precision.fp16:
+            raise ConfigError(
+                "launch.precision=fp16 is too coarse for ppo, whose ratios are near 1; set bf16 or fp32."
+            )
         for trained in training:
             if trained.group in self.stages:
                 trained.check_batch(self.launch.micro_batch_size, self.launch.processes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from ftpipe.choices import RewardKind, Scheduler, Start, ValueStart, Weighting
+from ftpipe.choices import Algorithm, RewardKind, Scheduler, Start, ValueStart, Weighting
 from ftpipe.errors import ConfigError, require
 from ftpipe.training_config import TrainingConfig
 
@@ -54,6 +54,10 @@ class PpoConfig(TrainingConfig):
     scheduler: Scheduler = Scheduler.linear
     log_every: int = 1
     start: Start = Start.policy  # policy: the stage before makes it; model: the run's base model
+    # ppo: advantages by a value function; without one: rloo (arXiv:2402.14740), against the other
+    # answers to the prompt; grpo (arXiv:2402.03300), by their mean and deviation, the KL in the loss
+    algorithm: Algorithm = Algorithm.ppo
+    answers_per_prompt: int = 1  # of a rollout; rloo and grpo compare them, so they need 2 or more
 
     # what is rewarded
     reward: RewardKind = RewardKind.model  # model: of the stage reward; function: ppo.function
@@ -113,6 +117,7 @@ class PpoConfig(TrainingConfig):
             self._require(key, 0 <= getattr(self, key) <= 1, "in [0, 1]")
         self._require("clip", 0 < self.clip < 1, "in (0, 1)")
         self._require("group_by_length", not self.group_by_length, "false: a rollout has any lengths")
+        self._check_groups()
         steers = self.kl_target is not None
         self._require("beta", not steers or self.beta > 0, "above 0 where kl_target steers it")
         # Ziegler's controller moves by 0.2 of this at most: it must not reach 0
@@ -120,6 +125,20 @@ class PpoConfig(TrainingConfig):
         self._require("kl_horizon", moves, f"above {0.2 * self.batch_size:g}, a fifth of ppo.batch_size")
         self._require(
             "minibatches", self.batch_size % self.minibatches == 0, "a divisor of ppo.batch_size"
+        )
+
+    def _check_groups(self) -> None:
+        many, grouped = self.answers_per_prompt, self.algorithm is not Algorithm.ppo
+        least = 2 if grouped else 1
+        self._require("answers_per_prompt", many >= least, f"at least {least} for {self.algorithm}")
+        self._require("answers_per_prompt", self.batch_size % many == 0, "a divisor of ppo.batch_size")
+        self._require(
+            "whiten_rewards", not (grouped and self.whiten_rewards), f"false for {self.algorithm}"
+        )
+        self._require(
+            "value_start",
+            not grouped or self.value_start is ValueStart.auto,
+            f"auto for {self.algorithm}, which has no value function",
         )
 
     def _check_rewards(self) -> None:

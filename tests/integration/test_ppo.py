@@ -564,3 +564,30 @@ def test_a_function_gets_prompts_answers_and_references(
     for prompt, _, reference in seen:
         (text,) = [text for text in known if text in prompt]
         assert reference == known[text]
+
+
+@pytest.mark.parametrize("algorithm", ["rloo", pytest.param("grpo", marks=slow)])
+def test_answers_to_one_prompt_are_compared(
+    algorithm: str, kept: list[Roles], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[list[Answer]] = []
+
+    def watched(self: Any, *given: Any) -> list[Answer]:
+        rows.append(draw(self, *given))
+        return rows[-1]
+
+    draw = trainer.PpoTrainer.draw
+    monkeypatch.setattr(trainer.PpoTrainer, "draw", watched)
+    words = (f"ppo.algorithm={algorithm}", "ppo.answers_per_prompt=2", "ppo.beta=0.1")
+    made = run(*SHORT, *words, "ppo.max_steps=2")["ppo"]
+    lines = rollouts(made)
+    assert all(line["ratio_off"] < 1e-4 for line in lines)
+    assert not [name for line in lines for name in line if "value" in name]
+    (roles,) = kept
+    assert not roles.trained(Role.value) and roles.trained(Role.policy)
+    drawn = [batch for batch in rows if len({one.prompt for one in batch}) < len(batch)]
+    assert len(drawn) == 2  # rollouts; held-out prompts are all different
+    for batch in drawn:
+        for one, other in zip(batch[::2], batch[1::2], strict=True):
+            assert one.prompt == other.prompt
+            assert one.tokens != other.tokens  # each has random numbers of its own

@@ -9,9 +9,11 @@ import pytest
 
 from ftpipe import schema
 from ftpipe.choices import (
+    Algorithm,
     Dtype,
     Init,
     Optimizer,
+    Precision,
     PreferenceLoss,
     RewardKind,
     Role,
@@ -147,6 +149,7 @@ BAD: list[tuple[str, Any]] = [
     ("ppo.score_clip", 0.0),
     ("ppo.group_by_length", True),
     ("ppo.minibatches", 5),
+    ("ppo.answers_per_prompt", 0),
     ("ppo.health.max_kl", 0.0),
     ("ppo.health.min_entropy", 1.0),
     ("ppo.health.min_eos_rate", 0.0),
@@ -474,4 +477,35 @@ def test_a_rollout_has_an_answer_for_every_rank(cfg: RunConfig) -> None:
     cfg.check()
     cfg.launch.processes = 3
     with pytest.raises(ConfigError, match=r"^ppo\.batch_size=6 .*at least 9"):
+        cfg.check()
+
+
+@pytest.mark.parametrize("algorithm", [Algorithm.rloo, Algorithm.grpo])
+def test_answers_are_compared_where_there_is_no_value_function(
+    cfg: RunConfig, algorithm: Algorithm
+) -> None:
+    cfg.ppo.algorithm = algorithm
+    with pytest.raises(ConfigError, match=rf"^ppo\.answers_per_prompt=1 .*at least 2 for {algorithm}"):
+        cfg.check()
+    cfg.ppo.answers_per_prompt = 4
+    cfg.check()
+    cfg.ppo.whiten_rewards = True
+    with pytest.raises(ConfigError, match=rf"^ppo\.whiten_rewards=True .*false for {algorithm}"):
+        cfg.check()
+    cfg.ppo.whiten_rewards, cfg.ppo.value_start = False, ValueStart.policy
+    with pytest.raises(ConfigError, match=rf"^ppo\.value_start=policy .*auto for {algorithm}"):
+        cfg.check()
+
+
+def test_answers_of_a_rollout_make_whole_groups(cfg: RunConfig) -> None:
+    cfg.ppo.batch_size, cfg.ppo.answers_per_prompt = 64, 3
+    with pytest.raises(ConfigError, match=r"^ppo\.answers_per_prompt=3 .*a divisor of ppo\.batch_size"):
+        cfg.check()
+
+
+def test_halves_are_too_coarse_for_ratios(cfg: RunConfig) -> None:
+    cfg.launch.precision = Precision.fp16
+    cfg.check()
+    cfg.stages = ["prepare", "ppo"]
+    with pytest.raises(ConfigError, match=r"^launch\.precision=fp16 .*bf16 or fp32"):
         cfg.check()

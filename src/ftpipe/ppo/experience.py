@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ftpipe.choices import Algorithm
 from ftpipe.ppo import advantages, rewards
 from ftpipe.ppo.layout import Answer, padded
 
@@ -51,8 +52,9 @@ class Experience:
         watched_B: what a function beside the reward says; None without one.
         rewards_BT: of each token: its part of the KL penalty, and the answer's score at its last.
         learned_BT: the mask of what is learned from.
-        advantages_BT: whitened over the whole rollout.
-        returns_BT: what the value function is to learn.
+        advantages_BT: by ``ppo.algorithm``; PPO's are whitened over the whole rollout.
+        returns_BT: what the value function is to learn; 0 without one.
+        kl_weight: of the KL divergence from the reference in the loss, units of the score per nat.
     """
 
     answers: tuple[Answer, ...]
@@ -68,6 +70,7 @@ class Experience:
     learned_BT: Tensor
     advantages_BT: Tensor
     returns_BT: Tensor
+    kl_weight: float
 
     @property
     def ended_B(self) -> Tensor:
@@ -107,17 +110,14 @@ def experience(
     ended_B = torch.tensor([one.ended for one in answers])
     earned_B = scores_B if ppo.score_clip is None else rewards.clip_scores(scores_B, ppo.score_clip)
     earned_B = rewards.end_penalty(earned_B, ended_B, ppo.missing_eos_penalty)
-    # R(x, y) = r(x, y) - beta log pi / rho, token by token (Ziegler et al. 2019, eq. 2)
-    rewards_BT = rewards.token_rewards(earned_B, logps_BT, ref_logps_BT, mask_BT, beta)
+    # R(x, y) = r(x, y) - beta log pi / rho, token by token (Ziegler et al. 2019, eq. 2); GRPO has the
+    # penalty in its loss (Shao et al. 2024, eq. 3)
+    in_loss = ppo.algorithm is Algorithm.grpo
+    rewards_BT = rewards.token_rewards(
+        earned_B, logps_BT, ref_logps_BT, mask_BT, 0.0 if in_loss else beta
+    )
     learned_BT = mask_BT & ended_B[:, None] if ppo.mask_truncated else mask_BT
-    paid_BT = rewards_BT
-    if ppo.whiten_rewards:
-        moments_3 = advantages.moments(rewards_BT, learned_BT)
-        paid_BT = advantages.whiten_around_mean(rewards_BT, learned_BT, moments_3)
-    # Generalised advantage estimation (Schulman et al. 2016), whitened over the whole rollout
-    raw_BT = advantages.gae(paid_BT, values_BT, learned_BT, ppo.gamma, ppo.lam)
-    returns_BT = advantages.returns(raw_BT, values_BT, learned_BT)
-    moments_3 = advantages.moments(raw_BT, learned_BT)
+    advantages_BT, returns_BT = _advantages(rewards_BT, values_BT, learned_BT, ppo)
     return Experience(
         answers=answers,
         mask_BT=mask_BT,
@@ -130,6 +130,29 @@ def experience(
         watched_B=None if watched is None else torch.tensor(watched, dtype=torch.float32),
         rewards_BT=rewards_BT,
         learned_BT=learned_BT,
-        advantages_BT=advantages.whiten(raw_BT, learned_BT, moments_3),
+        advantages_BT=advantages_BT,
         returns_BT=returns_BT,
+        kl_weight=beta if in_loss else 0.0,
     )
+
+
+def _advantages(
+    rewards_BT: Tensor, values_BT: Tensor, learned_BT: Tensor, ppo: PpoConfig
+) -> tuple[Tensor, Tensor]:
+    """Return advantages and returns of the tokens that are learned from."""
+    if ppo.algorithm is not Algorithm.ppo:
+        compared = {
+            Algorithm.rloo: advantages.leave_one_out,
+            Algorithm.grpo: advantages.group_relative,
+        }[ppo.algorithm]
+        whole_B = compared(rewards_BT.sum(1), ppo.answers_per_prompt)
+        advantages_BT = torch.where(learned_BT, whole_B[:, None], 0.0)
+        return advantages_BT, torch.zeros_like(advantages_BT)
+    if ppo.whiten_rewards:
+        moments_3 = advantages.moments(rewards_BT, learned_BT)
+        rewards_BT = advantages.whiten_around_mean(rewards_BT, learned_BT, moments_3)
+    # Generalised advantage estimation (Schulman et al. 2016), whitened over the whole rollout
+    raw_BT = advantages.gae(rewards_BT, values_BT, learned_BT, ppo.gamma, ppo.lam)
+    returns_BT = advantages.returns(raw_BT, values_BT, learned_BT)
+    moments_3 = advantages.moments(raw_BT, learned_BT)
+    return advantages.whiten(raw_BT, learned_BT, moments_3), returns_BT

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ftpipe import modeling, policy
-from ftpipe.choices import Method, RewardKind, ValueStart
+from ftpipe.choices import Algorithm, Method, RewardKind, ValueStart
 from ftpipe.errors import ConfigError
 from ftpipe.logs import say
 from ftpipe.policy import POLICY, REFERENCE, Incoming
@@ -65,13 +65,14 @@ class Roles:
     Attributes:
         shared: the base with all adapters; None where the roles are models of their own.
         models: of each role; with a shared base they are all that base.
-        value_head: from hidden states of the value function to a value; float32.
+        head: from hidden states of the value function to a value, float32; None where the
+            algorithm has no value function.
         rewards: None where the reward is a function.
     """
 
     shared: SharedBase | None
     models: Mapping[Role, PreTrainedModel]
-    value_head: torch.nn.Linear
+    head: torch.nn.Linear | None
     rewards: Rewards | None
 
     def acting(self, role: Role) -> AbstractContextManager[PreTrainedModel]:
@@ -88,17 +89,25 @@ class Roles:
 
     def trained(self, role: Role) -> dict[str, torch.nn.Parameter]:
         """Return what is trained in a role, by name; the two roles have nothing in common."""
-        if role is Role.reference:
+        head = self.head
+        if role is Role.reference or (role is Role.value and head is None):
             return {}
         if self.shared is not None:
             found = self.shared.weights(ADAPTERS[role])
         else:
             found = dict(self.models[role].named_parameters())
-        if role is Role.value:  # the output head's rows of new tokens say nothing of a value
+        if role is Role.value and head is not None:
+            # the output head's rows of new tokens say nothing of a value
             seen = {id(weight) for weight in body_of(self.models[role]).parameters()}
             found = {name: weight for name, weight in found.items() if id(weight) in seen}
-            found |= {f"head.{name}": weight for name, weight in self.value_head.named_parameters()}
+            found |= {f"head.{name}": weight for name, weight in head.named_parameters()}
         return found
+
+    @property
+    def value_head(self) -> torch.nn.Linear:
+        """The head of the value function, where there is one."""
+        assert self.head is not None
+        return self.head
 
     @property
     def device(self) -> torch.device:
@@ -185,13 +194,14 @@ def _shared(
         model = policy.continued(base, start.adapter)
     else:
         model = policy.with_fresh_adapter(base, cfg.adapter, start, fresh)
-    shared = SharedBase(model, (POLICY, VALUE))
+    valued = cfg.ppo.algorithm is Algorithm.ppo
+    shared = SharedBase(model, (POLICY, VALUE) if valued else (POLICY,))
     members = [] if rewarded is None else reward_members(cfg, rewarded, tokenizer, start)
     names = tuple(f"{REWARD}_{number}" for number in range(len(members)))
     for name, member in zip(names, members, strict=True):
         shared.add(member.folder, name)
     hidden = base.config.get_text_config().hidden_size
-    head = _value_adapter(cfg, shared, start, members, hidden).to(device)
+    head = _value_adapter(cfg, shared, start, members, hidden).to(device) if valued else None
     for name in (POLICY, VALUE, REFERENCE, *names):
         for weight in shared.weights(name).values():
             weight.data = weight.data.to(modeling.TORCH[cfg.adapter.dtype])
@@ -244,26 +254,43 @@ def _separate(
     stated = reward_model.stated(rewarded, tokenizer)[0] if rewarded is not None else {}
     first = rewarded / next(iter(stated)) if rewarded is not None else None
     whole = first is not None and policy.found(first).adapter is None
-    if first is not None and _value_from_reward(cfg, whole):
-        value = policy.load(cfg, policy.found(first), tokenizer, scored=True)[0]
+    models = {Role.policy: trained, Role.reference: reference}
+    head = None
+    if cfg.ppo.algorithm is Algorithm.ppo:
+        models[Role.value], head = _value_model(cfg, start, tokenizer, first if whole else None, stated)
+    for role, model in models.items():
+        modeling.no_dropout(model)
+        model.to(device).eval()  # type: ignore[arg-type]
+        if cfg.ppo.gradient_checkpointing and role is not Role.reference:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+    rewards = _own_reward(cfg, rewarded, tokenizer, device) if rewarded is not None else None
+    return Roles(None, models, None if head is None else head.to(device), rewards)
+
+
+def _value_model(
+    cfg: RunConfig,
+    start: Incoming,
+    tokenizer: PreTrainedTokenizerBase,
+    rewarded: Path | None,
+    stated: Mapping[str, reward_model.Normalization],
+) -> tuple[PreTrainedModel, torch.nn.Linear]:
+    """Return the value function as a model of its own, and its head.
+
+    Args:
+        rewarded: a whole reward model that it may start from.
+    """
+    if _value_from_reward(cfg, rewarded is not None) and rewarded is not None:
+        value = policy.load(cfg, policy.found(rewarded), tokenizer, scored=True)[0]
         name = score_head.name_of(value)
         getattr(value, name).float()
-        reward_model.copy_head(first, name, value)
+        reward_model.copy_head(rewarded, name, value)
         head = _normalised_head(getattr(value, name), next(iter(stated.values())))
     else:
         value = policy.load(cfg, start, tokenizer, scored=True)[0]
         name = score_head.name_of(value)
         head = _zero(torch.nn.Linear(getattr(value, name).in_features, 1))
     delattr(value, name)  # the head is by itself
-    for model in (trained, reference, value):
-        modeling.no_dropout(model)
-        model.to(device).eval()  # type: ignore[arg-type]
-    if cfg.ppo.gradient_checkpointing:
-        for model in (trained, value):
-            model.activation_checkpointing_enable({"use_reentrant": False})
-    rewards = _own_reward(cfg, rewarded, tokenizer, device) if rewarded is not None else None
-    models = {Role.policy: trained, Role.reference: reference, Role.value: value}
-    return Roles(None, models, head.to(device), rewards)
+    return value, head
 
 
 def _own_reward(

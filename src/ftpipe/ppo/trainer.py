@@ -31,7 +31,7 @@ from ftpipe.logs import say
 from ftpipe.ppo import functions, generation, health, losses, state
 from ftpipe.ppo.experience import Judged, experience
 from ftpipe.ppo.kl import AdaptiveController, FixedController
-from ftpipe.ppo.layout import Answer, answer_logits, chosen_logps, lay, state_values
+from ftpipe.ppo.layout import Answer, Batch, answer_logits, chosen_logps, lay, state_values
 from ftpipe.ppo.roles import Role, Roles, body_of
 from ftpipe.ppo.update import Ranks, Updater
 from ftpipe.sequences import Order, upcoming
@@ -137,9 +137,10 @@ class PpoTrainer:
     def _rollout(self, rollout: int) -> dict[str, float]:
         """Draw answers, judge them, learn from them."""
         started = time.monotonic()
-        # 1. The next prompts, one for each answer of the rollout.
-        size = self.ppo.batch_size
-        rows = self.prompts.select(upcoming(self.order, rollout * size, size))
+        # 1. The next prompts, each as often as it is answered.
+        size, times = self.ppo.batch_size, self.ppo.answers_per_prompt
+        chosen = upcoming(self.order, rollout * (size // times), size // times)
+        rows = self.prompts.select([row for row in chosen for _ in range(times)])
         # 2. Answers drawn from the policy, on every rank its share.
         places = range(self.ranks.rank, size, self.ranks.world)
         own = rows.select(places)["input_ids"][:]
@@ -204,10 +205,7 @@ class PpoTrainer:
                         found.setdefault(name, []).append(chosen_logps(logits_BTV, batch))
                         if role is Role.policy:
                             found.setdefault("entropies", []).append(losses.entropies(logits_BTV))
-            with self.roles.acting(Role.value) as model:
-                for batch in batches:
-                    values_BT = state_values(body_of(model), self.roles.value_head, batch)
-                    found.setdefault("values", []).append(values_BT)
+            found["values"] = self._values(batches)
             if self.roles.rewards is not None:
                 for batch in batches:
                     members_MB = self.roles.rewards.members(batch.ids_BL, batch.attended_BL)
@@ -224,6 +222,13 @@ class PpoTrainer:
                 judged.append(Judged(places[at], answers[at], **tokens, members_M=members))
         everyone: list[Judged] = gather_object(judged)
         return sorted(everyone, key=lambda one: one.place)
+
+    def _values(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
+        """Return V before each token; 0 where there is no value function."""
+        if self.roles.head is None:
+            return [torch.zeros(batch.mask_BT.shape) for batch in batches]
+        with self.roles.acting(Role.value) as model:
+            return [state_values(body_of(model), self.roles.value_head, batch) for batch in batches]
 
     def scores(
         self, judged: Sequence[Judged], references: Sequence[str]

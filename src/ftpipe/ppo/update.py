@@ -123,11 +123,13 @@ class Updater:
         sums: dict[str, Tensor] = {}
         with self.roles.acting(Role.policy) as model:
             for rows in pieces:
-                _add(sums, self._policy(model, self._piece(found, rows), total))
-        with self.roles.acting(Role.value) as model:
-            for rows in pieces:
-                _add(sums, self._value(model, self._piece(found, rows), total))
-        names = sorted(MEASURES)
+                part = self._policy(model, self._piece(found, rows), total, found.kl_weight)
+                _add(sums, part)
+        if self.roles.head is not None:
+            with self.roles.acting(Role.value) as model:
+                for rows in pieces:
+                    _add(sums, self._value(model, self._piece(found, rows), total))
+        names = sorted(MEASURES if self.roles.head is not None else POLICY_MEASURES)
         whole = torch.stack(
             [sums.get(name, torch.zeros((), device=device)).detach().float() for name in names]
         )
@@ -145,12 +147,15 @@ class Updater:
             batch=batch,
             learned_BT=of(found.learned_BT),
             logps_BT=of(found.logps_BT),
+            ref_logps_BT=of(found.ref_logps_BT),
             values_BT=of(found.values_BT),
             advantages_BT=of(found.advantages_BT),
             returns_BT=of(found.returns_BT),
         )
 
-    def _policy(self, model: torch.nn.Module, piece: Piece, total: Tensor) -> dict[str, Tensor]:
+    def _policy(
+        self, model: torch.nn.Module, piece: Piece, total: Tensor, kl_weight: float
+    ) -> dict[str, Tensor]:
         """Add the gradient of one micro-batch's policy loss; return its parts of the measures."""
         mask_BT, how = piece.learned_BT, self.ppo.weighting
         with self.autocast():
@@ -163,7 +168,10 @@ class Updater:
         losses_BT = losses.policy_losses(ratios_BT, piece.advantages_BT, self.ppo.clip)
         loss = losses.normalised(losses_BT, mask_BT, how, total)
         entropy = losses.normalised(entropies_BT, mask_BT, how, total)
-        (loss - self.ppo.entropy_weight * entropy).backward()
+        # GRPO's KL from the reference, by k3 (Shao et al. 2024, eq. 4)
+        from_reference_BT = kl.k3(torch.where(mask_BT, logps_BT - piece.ref_logps_BT, 0.0))
+        apart = losses.normalised(from_reference_BT, mask_BT, how, total)
+        (loss - self.ppo.entropy_weight * entropy + kl_weight * apart).backward()
         apart_BT = (piece.logps_BT - logps_BT).detach()
         clipped_BT = losses.policy_clipped(ratios_BT, piece.advantages_BT, self.ppo.clip)
         return {
@@ -208,6 +216,8 @@ class Updater:
         norms = {}
         for role in (Role.policy, Role.value):
             weights = list(self.roles.trained(role).values())
+            if not weights:
+                continue
             for weight in weights:
                 if weight.grad is None:  # a rank without an answer in this minibatch
                     weight.grad = torch.zeros_like(weight)
@@ -226,10 +236,8 @@ class Updater:
         return norms
 
 
-MEASURES = (
-    *("policy_loss", "entropy_now", "approx_kl", "ratio", "ratio_off", "clip_fraction"),
-    *("value_loss", "value_clip_fraction"),
-)
+POLICY_MEASURES = ("policy_loss", "entropy_now", "approx_kl", "ratio", "ratio_off", "clip_fraction")
+MEASURES = (*POLICY_MEASURES, "value_loss", "value_clip_fraction")
 
 
 @dataclass(frozen=True)
@@ -239,6 +247,7 @@ class Piece:
     batch: Batch
     learned_BT: Tensor
     logps_BT: Tensor
+    ref_logps_BT: Tensor
     values_BT: Tensor
     advantages_BT: Tensor
     returns_BT: Tensor

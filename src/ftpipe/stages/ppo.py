@@ -68,11 +68,46 @@ def run(cfg: RunConfig, inputs: Mapping[str, Artifact], out: Path) -> dict[str, 
     if cfg.ppo.reward is RewardKind.model:
         check_gate(cfg, inputs["reward_model"].path)
     dataset = inputs["dataset"].path
+    validation = table.read(dataset, Use.prompts, Part.validation)
+    validation = validation.select(range(min(len(validation), cfg.ppo.batch_size)))
+    trainer = make_trainer(cfg, inputs, validation, out)
+    roles, first = trainer.roles, trainer.ranks.rank == 0
+    for role in (Role.policy, Role.value):
+        if weights := roles.trained(role).values():
+            say(f"{sum(map(torch.numel, weights)):,} weights of the {role} are trained")
+    trainer.resume()
+    with ExitStack() as stack:
+        tracker = None
+        if first:
+            tracker = stack.enter_context(Tracker(cfg, "ppo", out, trainer.progress.rollouts))
+        shown = Shown(cfg, trainer, validation, tracker, out, trainer.progress.rollouts)
+        before = shown.measure(0)
+        metrics = trainer.train(shown.rollout, shown.measure)
+        metrics |= {f"{name}_before": value for name, value in before.items()}
+        metrics |= shown.measure(trainer.rollouts) | training.peak_gpu_memory()
+        if tracker is not None:
+            tracker.summary(metrics)
+            shown.conclude(trainer.rollouts)
+            tracker.images({plots.CURVES.removesuffix(".png"): out / plots.CURVES})
+    if first:
+        roles.save(out)
+        trainer.tokenizer.save_pretrained(str(out))
+        shutil.rmtree(trainer.checkpoints, ignore_errors=True)  # they served a resume alone
+    return metrics
+
+
+def make_trainer(
+    cfg: RunConfig, inputs: Mapping[str, Artifact], validation: Dataset, out: Path
+) -> PpoTrainer:
+    """Return the trainer of a run, at its first rollout.
+
+    Raises:
+        ModelError, ConfigError, DataError: as ``run`` does.
+    """
+    dataset = inputs["dataset"].path
     prompts = table.read(dataset, Use.prompts, Part.train)
     if not len(prompts):
         raise DataError("no prompts are left to train on; hold out fewer rows (data.validation).")
-    validation = table.read(dataset, Use.prompts, Part.validation)
-    validation = validation.select(range(min(len(validation), cfg.ppo.batch_size)))
     tokenizer = AutoTokenizer.from_pretrained(str(dataset / "tokenizer"))
     stops = stop_tokens(cfg, tokenizer)
     roles = load(cfg, inputs, tokenizer)
@@ -80,7 +115,7 @@ def run(cfg: RunConfig, inputs: Mapping[str, Artifact], out: Path) -> dict[str, 
     updater, schedule, steps = make_updater(cfg, roles, tokenizer, len(prompts), out)
     if cfg.ppo.ptx_weight:
         updater.ptx = Demonstrations.of(dataset, updater).gradients
-    trainer = PpoTrainer(
+    return PpoTrainer(
         updater=updater,
         tokenizer=tokenizer,
         prompts=prompts,
@@ -90,28 +125,6 @@ def run(cfg: RunConfig, inputs: Mapping[str, Artifact], out: Path) -> dict[str, 
         schedule=schedule,
         checkpoints=out / checkpoints.CHECKPOINTS,
     )
-    for role in (Role.policy, Role.value):
-        count = sum(weight.numel() for weight in roles.trained(role).values())
-        say(f"{count:,} weights of the {role} are trained")
-    trainer.resume()
-    with ExitStack() as stack:
-        tracker = None
-        if updater.ranks.rank == 0:
-            tracker = stack.enter_context(Tracker(cfg, "ppo", out, trainer.progress.rollouts))
-        shown = Shown(cfg, trainer, validation, tracker, out, trainer.progress.rollouts)
-        before = shown.measure(0)
-        metrics = trainer.train(shown.rollout, shown.measure)
-        metrics |= {f"{name}_before": value for name, value in before.items()}
-        metrics |= shown.measure(steps)
-        if tracker is not None:
-            tracker.summary(metrics)
-            shown.conclude(steps)
-            tracker.images({plots.CURVES.removesuffix(".png"): out / plots.CURVES})
-    if updater.ranks.rank == 0:
-        roles.save(out)
-        tokenizer.save_pretrained(str(out))
-        shutil.rmtree(trainer.checkpoints, ignore_errors=True)  # they served a resume alone
-    return metrics
 
 
 def check_gate(cfg: RunConfig, folder: Path) -> None:
@@ -178,15 +191,16 @@ def make_updater(
         prompts: how many there are.
     """
     ppo, precision = cfg.ppo, cfg.launch.precision
-    steps = ppo.max_steps or math.ceil(ppo.epochs * prompts / ppo.batch_size)
+    steps = ppo.max_steps or math.ceil(ppo.epochs * prompts * ppo.answers_per_prompt / ppo.batch_size)
     given = training.arguments(ppo, cfg.launch, cfg.seed, out)
     # micro-batches are our own; transformers' optimiser and schedule are what is wanted
     arguments = TrainingArguments(**{**given, "gradient_accumulation_steps": 1})
     kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
     rates = {Role.policy: ppo.learning_rate, Role.value: ppo.value_learning_rate or ppo.learning_rate}
     groups = [
-        {"params": list(roles.trained(role).values()), "lr": rate, "weight_decay": ppo.weight_decay}
+        {"params": list(weights.values()), "lr": rate, "weight_decay": ppo.weight_decay}
         for role, rate in rates.items()
+        if (weights := roles.trained(role))
     ]
     optimizer = kind(groups, **options)
     warmup = arguments.get_warmup_steps(steps)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ftpipe.choices import Algorithm
 from ftpipe.ppo.experience import Experience, Judged, experience
 from ftpipe.ppo_config import PpoConfig
 from tests.unit.ppo.tiny import answers
@@ -222,3 +223,48 @@ def test_nothing_of_it_has_a_gradient() -> None:
     ]
     found = experience(some, None, None, BETA, PpoConfig())
     assert not found.rewards_BT.requires_grad and not found.advantages_BT.requires_grad
+
+
+def grouped(algorithm: Algorithm, **more: Any) -> Experience:
+    """Return the experience of four answers to two prompts, scored 1, 3, 0 and 0.5."""
+    ppo = PpoConfig(algorithm=algorithm, answers_per_prompt=2, missing_eos_penalty=0.0, **more)
+    return experience(judged(0)[:4], [1.0, 3.0, 0.0, 0.5], None, 0.1, ppo)
+
+
+def whole_penalty(one: Judged) -> float:
+    return 0.1 * float((one.logps_T - one.ref_logps_T).sum())
+
+
+def test_rloo_takes_the_other_answers_reward_off_the_penalty_paid() -> None:
+    # two answers: the other one's is the baseline (arXiv:2402.14740, eq. 6 with k = 2)
+    found = grouped(Algorithm.rloo)
+    paid = [
+        score - whole_penalty(one)
+        for score, one in zip([1.0, 3.0, 0.0, 0.5], judged(0)[:4], strict=True)
+    ]
+    wanted = [paid[0] - paid[1], paid[1] - paid[0], paid[2] - paid[3], paid[3] - paid[2]]
+    for row, mask, value in zip(found.advantages_BT, found.mask_BT, wanted, strict=True):
+        assert row[mask].tolist() == pytest.approx([value] * int(mask.sum()), abs=1e-5)
+        assert not row[~mask].any()
+    assert found.kl_weight == 0 and not found.returns_BT.any()
+
+
+def test_grpo_compares_scores_alone_and_leaves_the_penalty_to_the_loss() -> None:
+    # of two, mean and deviation put them at +-1 / sqrt 2
+    found = grouped(Algorithm.grpo)
+    first = math.sqrt(0.5)
+    for row, mask, value in zip(
+        found.advantages_BT, found.mask_BT, [-first, first, -first, first], strict=True
+    ):
+        assert row[mask].tolist() == pytest.approx([value] * int(mask.sum()), rel=1e-3)
+    assert found.kl_weight == 0.1
+    assert found.rewards_BT.sum().item() == pytest.approx(4.5)
+
+
+def test_an_answer_that_teaches_nothing_is_still_compared_with() -> None:
+    found = grouped(Algorithm.rloo, mask_truncated=True)
+    cut = [not one.answer.ended for one in judged(0)[:4]]
+    assert any(cut) and not all(cut)
+    whole = grouped(Algorithm.rloo)
+    for row, other, is_cut in zip(found.advantages_BT, whole.advantages_BT, cut, strict=True):
+        assert torch.equal(row, torch.zeros_like(row) if is_cut else other)

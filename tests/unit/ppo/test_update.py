@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ftpipe.choices import Precision, Weighting
+from ftpipe.choices import Algorithm, Precision, Weighting
 from ftpipe.errors import HealthError
 from ftpipe.ppo import update
 from ftpipe.ppo.experience import Experience, Judged, experience
@@ -159,6 +159,16 @@ def by_paper(held: Roles, found: Experience, ppo: PpoConfig, at: Sequence[int]) 
     return {name: mean(each, ppo.weighting) for name, each in rows.items()}
 
 
+def from_reference(held: Roles, found: Experience, ppo: PpoConfig) -> Tensor:
+    """Return GRPO's divergence, rho / pi - log(rho / pi) - 1 (arXiv:2402.03300, eq. 4)."""
+    rows = []
+    for b, one in enumerate(found.answers):
+        logps_T = chosen(plain_logits(held.models[Role.policy], one) / ppo.temperature, one)
+        times_T = torch.exp(found.ref_logps_BT[b, : len(one.tokens)] - logps_T)
+        rows.append(times_T - torch.log(times_T) - 1)
+    return mean(rows, ppo.weighting)
+
+
 def gradients(held: Roles, found: Experience, ppo: PpoConfig, at: Sequence[int]) -> dict[str, Tensor]:
     parts = by_paper(held, found, ppo, at)
     loss = (
@@ -166,6 +176,8 @@ def gradients(held: Roles, found: Experience, ppo: PpoConfig, at: Sequence[int])
         + ppo.value_weight * parts["value_loss"]
         - ppo.entropy_weight * parts["entropy_now"]
     )
+    if found.kl_weight:
+        loss = loss + found.kl_weight * from_reference(held, found, ppo)
     weights = trained(held)
     got = torch.autograd.grad(loss, list(weights.values()), allow_unused=True, materialize_grads=True)
     return dict(zip(weights, got, strict=True))
@@ -206,6 +218,33 @@ def test_gradients_are_those_of_the_papers_loss_however_a_minibatch_is_cut(
     for name, part in by_paper(held, found, ppo, range(len(SIZES))).items():
         assert shown[name] == pytest.approx(part.item(), rel=1e-4, abs=2e-6), name
     assert shown["updates"] == 1
+
+
+@pytest.mark.parametrize("how", Weighting)
+@pytest.mark.parametrize("micro_batch", [2, 8])
+def test_grpos_loss_has_the_divergence_from_the_reference(how: Weighting, micro_batch: int) -> None:
+    keys = {"algorithm": Algorithm.grpo, "answers_per_prompt": len(SIZES), "weighting": how}
+    held, ppo = roles(), config(**keys, value_weight=0.0)
+    found = rollout(held, ppo)
+    assert found.kl_weight == 0.1
+    assert from_reference(held, found, ppo) > 0.01  # another reference than the policy
+    made, seen = updater(held, ppo, micro_batch=micro_batch)
+    made.update(found, 0, 0)
+    close(seen.gradients[0], gradients(held, found, ppo, range(len(SIZES))))
+
+
+def test_without_a_value_function_the_policy_alone_is_updated() -> None:
+    held, ppo = roles(), config(algorithm=Algorithm.rloo, answers_per_prompt=len(SIZES))
+    found = rollout(held, ppo)
+    held.head = None
+    weights = held.trained(Role.policy)
+    assert not held.trained(Role.value)
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    made, _ = updater(held, ppo, rate=0.1)
+    shown = made.update(found, 0, 0)
+    assert "policy_grad_norm" in shown
+    assert not [name for name in shown if "value" in name]
+    assert any(not torch.equal(before[name], weight) for name, weight in weights.items())
 
 
 KEYS: list[dict[str, Any]] = [
