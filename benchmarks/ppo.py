@@ -5,9 +5,11 @@
 
 A LoRA policy with a learned reward, either side. Ours has policy, reference, value function and reward
 model on one base; TRL has a base for the policy (and reference), one for the reward model and one, fully
-trained, for the value function. TRL 1.12 is installed into a folder of its own, over the same other
-packages. Runs alternate in one session, so that a machine's drift hits all of them; what counts are the
-ratios of neighbours. Writes benchmarks/results/ppo-<cpu|gpu>.json and draws the reward curves together.
+trained, for the value function. Both score in micro-batches; neither punishes a missing end; the weight
+of the KL penalty is the same per nat of normalised score. TRL 1.12 is installed into a folder of its
+own, over the same other packages. Runs alternate in one session, so that a machine's drift hits all of
+them; what counts are the ratios of neighbours. Writes benchmarks/results/ppo-<cpu|gpu>.json and draws
+the reward curves together.
 """
 
 from __future__ import annotations
@@ -61,6 +63,9 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--name", default="", help="of the result, where there are several")
     chosen = parser.parse_args()
+    rows = sum(1 for line in chosen.prompts.open(encoding="utf-8") if line.strip())
+    if chosen.batch > rows:  # TRL drops what does not fill a batch, and would look for one for ever
+        parser.error(f"--batch {chosen.batch} is more than the {rows} prompts of {chosen.prompts}")
     with tempfile.TemporaryDirectory() as scratch:
         found = side_by_side(chosen, Path(scratch))
     settings = {key: value for key, value in vars(chosen).items() if key not in ("name", "pairs")}
@@ -94,13 +99,15 @@ def side_by_side(chosen: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     base = json.loads((made["reward"] / "adapter_config.json").read_text())["base_model_name_or_path"]
     base = Path(base) if Path(base).is_absolute() else scratch / base
     merge(base, made["reward"], made["prepare"], scratch / "scored")
+    normalised = json.loads((made["reward"] / "reward.json").read_text())["members"]["."]
     measured: dict[str, list[Measurement]] = {"ftpipe": [], "trl": []}
     for _ in range(chosen.runs):
         measured["ftpipe"].append(ours(chosen, scratch))
-        measured["trl"].append(theirs(chosen, scratch, base, made["prepare"], site))
+        # its scores are raw ones, so the penalty is weighed by their deviation
+        beta = chosen.beta * normalised["deviation"]
+        measured["trl"].append(theirs(chosen, scratch, base, made["prepare"], site, beta))
         for side, runs in measured.items():
             print(f"{side:8}", {k: v for k, v in runs[-1].items() if isinstance(v, float)}, flush=True)
-    normalised = json.loads((made["reward"] / "reward.json").read_text())["members"]["."]
     for run in measured["trl"]:
         run["scores"] = [(s - normalised["mean"]) / normalised["deviation"] for s in run["scores"]]
     ratios = {
@@ -128,7 +135,7 @@ def ours(chosen: argparse.Namespace, scratch: Path) -> Measurement:
             f"reward.batch_size={chosen.micro_batch}",
             "reward.learning_rate=1e-4",
         ),
-        *("ppo.ignore_gate=true", "ppo.value_clip=0.2", "ppo.samples=0", "ppo.adam_epsilon=1e-5"),
+        *("ppo.ignore_gate=true", "ppo.value_clip=0.2", "ppo.samples=0", "ppo.missing_eos_penalty=0"),
         *(f"ppo.{key}={getattr(chosen, key)}" for key in ("ppo_epochs", "max_new_tokens", "beta")),
         *(f"ppo.batch_size={chosen.batch}", f"ppo.max_steps={chosen.rollouts}"),
         f"ppo.learning_rate={chosen.learning_rate}",
@@ -177,7 +184,7 @@ def merge(base: Path, reward: Path, dataset: Path, out: Path) -> None:
 
 
 def theirs(
-    chosen: argparse.Namespace, scratch: Path, base: Path, dataset: Path, site: Path
+    chosen: argparse.Namespace, scratch: Path, base: Path, dataset: Path, site: Path, beta: float
 ) -> Measurement:
     tokenizer = json.loads((dataset / "tokenizer/tokenizer_config.json").read_text())
     vocabulary = json.loads((dataset / "tokenizer/tokenizer.json").read_text())
@@ -192,9 +199,10 @@ def theirs(
             key: getattr(chosen, key)
             for key in (
                 *("batch", "micro_batch", "max_new_tokens", "rollouts", "ppo_epochs"),
-                *("learning_rate", "beta", "bf16"),
+                *("learning_rate", "bf16"),
             )
         },
+        "beta": beta,
     }
     command = [sys.executable, str(HERE / "plain_trl_ppo.py"), json.dumps(settings)]
     env = {

@@ -34,6 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ftpipe import provenance
 from ftpipe.choices import Part, Use
 from ftpipe.data import table
+from ftpipe.ppo import functions
 
 HERE = Path(__file__).resolve().parent
 WANTED = ["happy", "park", "mom", "friend"]
@@ -140,11 +141,12 @@ def write_prompts(path: Path) -> None:
 
 
 def write_pairs(model: Path, there: Path, samples: int = 16) -> None:
-    """Write pairs of the model's own stories, the one with more of the words being the better one."""
+    """Write pairs of the model's own stories, the one with more of the four words being the better."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(str(model))
     policy = AutoModelForCausalLM.from_pretrained(str(model)).eval()
     draws = random.Random(0)
+    gold = functions.named("presence", {"wanted": WANTED})
     pairs = []
     for line in (there / "prompts.jsonl").read_text().splitlines():
         prompt = json.loads(line)["prompt"]
@@ -152,7 +154,7 @@ def write_pairs(model: Path, there: Path, samples: int = 16) -> None:
         whole = policy.generate(ids, max_new_tokens=48, do_sample=True, top_k=0, pad_token_id=0)
         texts = [tokenizer.decode(row[ids.shape[1] :], skip_special_tokens=True) for row in whole]
         for one, other in itertools.combinations(texts, 2):
-            shares = [sum(word in text.lower().split() for word in WANTED) for text in (one, other)]
+            shares = [gold(prompt, text, None) for text in (one, other)]
             if shares[0] != shares[1] and draws.random() < 0.2:
                 better, worse = (one, other) if shares[0] > shares[1] else (other, one)
                 pairs.append({"prompt": prompt, "chosen": better, "rejected": worse})

@@ -28,7 +28,7 @@ class Stage:
         needs: kinds of artifact it cannot do without; each is the latest one made before it.
         takes: kinds it uses where something before it makes them.
         reads: config keys or groups that decide its result.
-        learns_from: the use of rows that a configuration makes it need, if any.
+        learns_from: the uses of rows that a configuration makes it need.
         pins: outside input that decides its result, by content (see ``pins.PINS``).
         all_ranks: whether it runs on every rank, or on one.
         resumes: whether an interrupted build is continued from what it left.
@@ -43,7 +43,7 @@ class Stage:
     needs: tuple[str, ...] = ()
     takes: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
-    learns_from: Callable[[RunConfig], Use | None] = lambda cfg: None
+    learns_from: Callable[[RunConfig], Collection[Use]] = lambda cfg: ()
     pins: tuple[str, ...] = ()
     all_ranks: bool = False
     resumes: bool = False
@@ -76,8 +76,12 @@ def _unused_by_ppo(cfg: RunConfig) -> Collection[str]:
     return (*_unused_by_start(cfg.ppo.start), *(("reward_model",) if by_function else ()))
 
 
-def _dpo_learns_from(cfg: RunConfig) -> Use:
-    return Use.unpaired if cfg.dpo.loss is PreferenceLoss.kto else Use.preferences
+def _dpo_learns_from(cfg: RunConfig) -> Collection[Use]:
+    return (Use.unpaired if cfg.dpo.loss is PreferenceLoss.kto else Use.preferences,)
+
+
+def _ppo_learns_from(cfg: RunConfig) -> Collection[Use]:
+    return (Use.prompts, *((Use.demonstrations,) if cfg.ppo.ptx_weight else ()))
 
 
 # Whether the base is in 4 bits, and how: all that an adapter's settings say of a model as it comes in.
@@ -119,7 +123,7 @@ STAGES = table(
         needs=("dataset",),
         takes=("base_model",),
         reads=("model", "adapter", "sft", "launch.precision", "launch.tf32"),
-        learns_from=lambda cfg: Use.demonstrations,
+        learns_from=lambda cfg: (Use.demonstrations,),
         pins=("model",),
         all_ranks=True,
         resumes=True,
@@ -139,7 +143,7 @@ STAGES = table(
         needs=("dataset", "policy"),
         takes=("base_model",),
         reads=("model", "adapter", "reward", "launch.precision", "launch.tf32"),
-        learns_from=lambda cfg: Use.preferences,
+        learns_from=lambda cfg: (Use.preferences,),
         pins=("model",),
         all_ranks=True,
         resumes=True,
@@ -177,7 +181,7 @@ STAGES = table(
         needs=("dataset", "policy", "reward_model"),
         takes=("base_model",),
         reads=("model", "adapter", "ppo", "launch.precision", "launch.tf32"),
-        learns_from=lambda cfg: Use.prompts,
+        learns_from=_ppo_learns_from,
         pins=("model",),
         all_ranks=True,
         resumes=True,
@@ -254,9 +258,9 @@ def check_uses(cfg: RunConfig, names: Sequence[str]) -> None:
     served = {use for source in cfg.data.sources.values() for use in uses(source)}
     if "evolve" in names:
         served.add(Use.demonstrations)
-    for name in names:
-        use = STAGES[name].learns_from(cfg)
-        if use is None or use in served:
+    wanted = [(name, use) for name in names for use in STAGES[name].learns_from(cfg)]
+    for stage, use in wanted:
+        if use in served:
             continue
         able = [name for name, source in cfg.data.sources.items() if use in SERVES[source.format]]
         remedy = (
@@ -264,7 +268,7 @@ def check_uses(cfg: RunConfig, names: Sequence[str]) -> None:
             if able
             else f"add one, such as of format {next(one for one in SERVES if SERVES[one][0] is use)}"
         )
-        raise ConfigError(f"'{name}' learns from {use}, but no source serves them; {remedy}.")
+        raise ConfigError(f"'{stage}' learns from {use}, but no source serves them; {remedy}.")
 
 
 def plan(cfg: RunConfig, upto: str | None = None) -> list[Step]:

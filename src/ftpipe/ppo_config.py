@@ -55,7 +55,8 @@ class PpoConfig(TrainingConfig):
     log_every: int = 1
     start: Start = Start.policy  # policy: the stage before makes it; model: the run's base model
     # ppo: advantages by a value function; without one: rloo (arXiv:2402.14740), against the other
-    # answers to the prompt; grpo (arXiv:2402.03300), by their mean and deviation, the KL in the loss
+    # answers to the prompt; grpo (arXiv:2402.03300), by their mean and deviation, the KL in the loss.
+    # gamma, lam and what concerns values are PPO's alone
     algorithm: Algorithm = Algorithm.ppo
     answers_per_prompt: int = 1  # of a rollout; rloo and grpo compare them, so they need 2 or more
 
@@ -92,7 +93,7 @@ class PpoConfig(TrainingConfig):
     entropy_weight: float = 0.0  # of the entropy bonus
     ptx_weight: float = 0.0  # of the loss on demonstrations, PPO-ptx (arXiv:2203.02155)
     target_kl: float | None = None  # nats per token from the rollout that end its updates; null: never
-    weighting: Weighting = Weighting.tokens  # what weighs the same in a loss: tokens, or answers
+    weighting: Weighting = Weighting.tokens  # what weighs the same: tokens, or answers (GRPO's own)
     value_start: ValueStart = ValueStart.auto  # auto: the reward model where one is learned
 
     health: HealthConfig = field(default_factory=HealthConfig)

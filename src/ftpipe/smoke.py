@@ -109,6 +109,7 @@ def smoke_form(cfg: RunConfig) -> RunConfig:
     # a smaller rollout still has as many updates as divide what each rank has of it
     of_rank = small.ppo.batch_size // small.launch.processes
     small.ppo.minibatches = math.gcd(small.ppo.minibatches, of_rank)
+    small.ppo.answers_per_prompt = math.gcd(small.ppo.answers_per_prompt, small.ppo.batch_size)
     small.ppo.samples = min(small.ppo.samples, 1)
     small.ppo.ignore_gate = True  # a few steps of a tiny model pass no gate
     small.reward.ensemble = min(small.reward.ensemble, 2)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ftpipe import schema
 from ftpipe.artifacts import open_artifact, write_atomic
+from ftpipe.choices import Device
 from ftpipe.errors import UserError
 from ftpipe.launch import ERROR, RESULT, die_with_parent
 from ftpipe.logs import quiet_libraries
@@ -27,6 +28,10 @@ def main(argv: list[str]) -> int:
     cfg = schema.load(Path(job["run"]) / "run.yaml")
     out = Path(job["out"])
     quiet_libraries()
+    if cfg.launch.device is Device.cuda and "LOCAL_RANK" in os.environ:
+        import torch
+
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # weights are loaded where it points
     first = os.environ.get("RANK", "0") == "0"
     try:
         stage = importlib.import_module(f"ftpipe.stages.{job['stage']}")

@@ -504,7 +504,7 @@ def test_interrupted_anywhere_it_ends_as_if_it_had_not_been(
                 "ppo.start=model",
                 SOURCE.replace("preferences, demonstrations, prompts", "prompts"),
             ),
-            "ppo.ptx_weight=1 mixes in demonstrations, but no source serves them",
+            "'ppo' learns from demonstrations, but no source serves them",
         ),
         (
             (SOURCE.replace("preferences, demonstrations, prompts", "demonstrations"),),
@@ -578,8 +578,9 @@ def test_answers_to_one_prompt_are_compared(
 
     draw = trainer.PpoTrainer.draw
     monkeypatch.setattr(trainer.PpoTrainer, "draw", watched)
-    words = (f"ppo.algorithm={algorithm}", "ppo.answers_per_prompt=2", "ppo.beta=0.1")
-    made = run(*SHORT, *words, "ppo.max_steps=2")["ppo"]
+    # three held-out prompts: no whole groups
+    words = (f"ppo.algorithm={algorithm}", "ppo.answers_per_prompt=2", "data.validation=3")
+    made = run(*SHORT, *words, "ppo.max_steps=2", "ppo.beta=0.1")["ppo"]
     lines = rollouts(made)
     assert all(line["ratio_off"] < 1e-4 for line in lines)
     assert not [name for line in lines for name in line if "value" in name]
@@ -591,3 +592,10 @@ def test_answers_to_one_prompt_are_compared(
         for one, other in zip(batch[::2], batch[1::2], strict=True):
             assert one.prompt == other.prompt
             assert one.tokens != other.tokens  # each has random numbers of its own
+
+
+def test_a_warm_up_wastes_no_rollout() -> None:
+    # begun at 0, as a Trainer's is, the first one would teach nothing
+    words = ("ppo.scheduler=constant_with_warmup", "ppo.warmup_steps=2")
+    rates = [line["learning_rate"] for line in rollouts(run(*SHORT, *words)["ppo"])]
+    assert rates == pytest.approx([0.5e-3, 1e-3, 1e-3])

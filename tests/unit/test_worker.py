@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ftpipe import artifacts, launch, pipeline, schema, worker
+from ftpipe.choices import Device
 from ftpipe.config import RunConfig
 
 
@@ -118,3 +119,22 @@ def test_ranks_never_import_hydra(cfg: RunConfig) -> None:
     command = [sys.executable, "-c", code, str(file)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize(("device", "chosen"), [(Device.cuda, [1]), (Device.cpu, [])])
+def test_a_rank_takes_its_own_gpu_before_it_loads_anything(
+    cfg: RunConfig, job: Path, device: Device, chosen: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    when: list[list[int]] = []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr("torch.cuda.set_device", taken.append)
+
+    def run(*_: object) -> dict[str, float]:
+        when.append(list(taken))
+        return {}
+
+    monkeypatch.setattr("ftpipe.stages.prepare.run", run)
+    cfg.launch.device = device
+    assert worker.main([str(write(cfg))]) == 0
+    assert when == [chosen]

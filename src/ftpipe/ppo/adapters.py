@@ -97,9 +97,11 @@ class SharedBase:
         What is trained keeps its gradient flags, whatever is active.
         """
         if name not in self.model.peft_config:
-            with self.model.disable_adapter():
-                yield
-            self.flag()
+            try:
+                with self.model.disable_adapter():
+                    yield
+            finally:
+                self.flag()
             return
         self.model.set_adapter(name)
         self.flag()

@@ -28,7 +28,7 @@ class Judged:
     Attributes:
         place: which answer of the rollout it is.
         logps_T, ref_logps_T: under policy and reference, nats.
-        entropies_T: of the policy's distribution that each token was drawn from, nats.
+        entropies_T: of the policy's distribution for each token, the whole vocabulary, nats.
         values_T: before each token, units of the score.
         members_M: score by each member of the reward model; None where a function gives it.
     """
@@ -83,6 +83,7 @@ def experience(
     watched: Sequence[float] | None,
     beta: float,
     ppo: PpoConfig,
+    learned: bool = True,
 ) -> Experience:
     """Return what there is to learn from answers.
 
@@ -90,6 +91,7 @@ def experience(
         judged: in the order of their places.
         given: scores of a function; None where members of a reward model gave them.
         beta: weight of the KL penalty, units of the score per nat.
+        learned: whether advantages are wanted; answers to held-out prompts have none.
     """
     answers = tuple(one.answer for one in judged)
     longest = max(len(one.tokens) for one in answers)
@@ -117,7 +119,9 @@ def experience(
         earned_B, logps_BT, ref_logps_BT, mask_BT, 0.0 if in_loss else beta
     )
     learned_BT = mask_BT & ended_B[:, None] if ppo.mask_truncated else mask_BT
-    advantages_BT, returns_BT = _advantages(rewards_BT, values_BT, learned_BT, ppo)
+    advantages_BT = returns_BT = torch.zeros_like(rewards_BT)
+    if learned:
+        advantages_BT, returns_BT = _advantages(rewards_BT, values_BT, learned_BT, ppo)
     return Experience(
         answers=answers,
         mask_BT=mask_BT,

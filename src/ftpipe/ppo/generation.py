@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
     from ftpipe.ppo_config import PpoConfig
 
+# What random numbers are for: the last part of their key, so that no two streams are one. It is not 0,
+# which numpy takes for no part at all.
+ANSWERS, SHUFFLED, HELD_OUT = 1, 2, 3
 GRAIN = 2.0**-40  # numbers are multiples of it: times a sum of probabilities they stay below the sum
 
 
@@ -35,7 +38,7 @@ def uniforms(key: Sequence[int], count: int) -> Tensor:
     """Return numbers in [0, 1), float64, that the key alone decides.
 
     Args:
-        key: the seed, then whatever tells these numbers from all others.
+        key: the seed, two numbers, and what they are for.
     """
     drawn = np.random.default_rng(list(key)).random(count)
     return torch.from_numpy(np.floor(drawn / GRAIN) * GRAIN)
@@ -58,6 +61,8 @@ class Draw(LogitsProcessor):
         cumulated_BV = scores.double().softmax(-1).cumsum(-1)
         # the first token beyond the number: one of probability 0 is never that
         drawn_B1 = torch.searchsorted(cumulated_BV, u_B1 * cumulated_BV[:, -1:], right=True)
+        # where scores are not finite there is none; any one will do, and the rollout shows why
+        drawn_B1 = drawn_B1.clamp(max=scores.shape[1] - 1)
         only_BV = torch.full_like(scores, -torch.inf)
         return cast("torch.FloatTensor", only_BV.scatter_(1, drawn_B1, 0.0))
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ftpipe.ppo.losses import entropies
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -92,13 +94,23 @@ def answer_logits(model: torch.nn.Module, batch: Batch, temperature: float) -> T
     if "logits_to_keep" in inspect.signature(forward).parameters:
         given["logits_to_keep"] = batch.longest + 1
     logits_BKV: Tensor = model(**given).logits
-    return logits_BKV[:, -batch.longest - 1 : -1].float() / temperature
+    logits_BTV = logits_BKV[:, -batch.longest - 1 : -1].float()
+    return logits_BTV if temperature == 1 else logits_BTV / temperature
 
 
 def chosen_logps(logits_BTV: Tensor, batch: Batch) -> Tensor:
     """Return the log-prob of each token of the answers in nats: logps_BT, 0 outside the mask."""
     picked_BT = logits_BTV.gather(-1, batch.answers_BT[..., None])[..., 0]
     return torch.where(batch.mask_BT, picked_BT - logits_BTV.logsumexp(-1), 0.0)
+
+
+def measured_entropies(logits_BTV: Tensor) -> Tensor:
+    """Return the entropy of each token's distribution in nats, without gradient: entropies_BT.
+
+    Row by row: of all rows at once the vocabulary would be copied several times.
+    """
+    with torch.no_grad():
+        return torch.stack([entropies(logits_TV) for logits_TV in logits_BTV])
 
 
 def state_values(body: torch.nn.Module, head: torch.nn.Module, batch: Batch) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ftpipe.choices import Part, Use
 from ftpipe.data import table
 from ftpipe.data.encode import IGNORED
-from ftpipe.errors import ConfigError, DataError
+from ftpipe.errors import DataError
 from ftpipe.ppo.roles import Role
 from ftpipe.sequences import Collate, Layout, Order, upcoming
 
@@ -37,21 +37,15 @@ class Demonstrations:
         """Return the rows of a dataset's train part.
 
         Raises:
-            ConfigError: if the dataset serves no demonstrations.
             DataError: if all of them are held out.
         """
-        if not table.place(dataset, Use.demonstrations, Part.train).is_file():
-            raise ConfigError(
-                f"ppo.ptx_weight={updater.ppo.ptx_weight:g} mixes in demonstrations, but no source "
-                "serves them; add demonstrations to data.sources.NAME.use, or set it to 0."
-            )
         rows = table.read(dataset, Use.demonstrations, Part.train)
         if not len(rows):
             raise DataError(
                 "no demonstrations are left to train on; hold out fewer rows (data.validation), or set "
                 "ppo.ptx_weight=0."
             )
-        order = Order(rows["length"][:], updater.seed)
+        order = Order(rows["length"][:], updater.seed + 2**32)  # another order than that of prompts
         size = updater.ppo.batch_size // updater.ppo.minibatches
         return cls(updater, Collate(rows, updater.pad, Layout.padded), order, size)
 

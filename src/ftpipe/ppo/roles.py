@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ftpipe import modeling, policy
-from ftpipe.choices import Algorithm, Method, RewardKind, ValueStart
+from ftpipe.choices import Algorithm, Device, Method, RewardKind, ValueStart
 from ftpipe.errors import ConfigError
 from ftpipe.logs import say
 from ftpipe.policy import POLICY, REFERENCE, Incoming
@@ -174,7 +174,7 @@ def load(cfg: RunConfig, inputs: Mapping[str, Artifact], tokenizer: PreTrainedTo
     """
     start = policy.incoming(cfg, inputs)
     policy.check_method(cfg, start)
-    device = torch.device("cuda" if cfg.launch.device == "cuda" else "cpu")
+    device = torch.device("cuda" if cfg.launch.device is Device.cuda else "cpu")
     rewarded = inputs["reward_model"].path if cfg.ppo.reward is RewardKind.model else None
     if cfg.adapter.method is Method.full:
         return _separate(cfg, start, tokenizer, rewarded, device)
@@ -200,7 +200,7 @@ def _shared(
     names = tuple(f"{REWARD}_{number}" for number in range(len(members)))
     for name, member in zip(names, members, strict=True):
         shared.add(member.folder, name)
-    hidden = base.config.get_text_config().hidden_size
+    hidden = modeling.weight_of(base.get_output_embeddings()).shape[1]
     head = _value_adapter(cfg, shared, start, members, hidden).to(device) if valued else None
     for name in (POLICY, VALUE, REFERENCE, *names):
         for weight in shared.weights(name).values():

@@ -28,10 +28,18 @@ from accelerate.utils import gather_object
 
 from ftpipe.errors import HealthError
 from ftpipe.logs import say
-from ftpipe.ppo import functions, generation, health, losses, state
+from ftpipe.ppo import functions, generation, health, state
 from ftpipe.ppo.experience import Judged, experience
 from ftpipe.ppo.kl import AdaptiveController, FixedController
-from ftpipe.ppo.layout import Answer, Batch, answer_logits, chosen_logps, lay, state_values
+from ftpipe.ppo.layout import (
+    Answer,
+    Batch,
+    answer_logits,
+    chosen_logps,
+    lay,
+    measured_entropies,
+    state_values,
+)
 from ftpipe.ppo.roles import Role, Roles, body_of
 from ftpipe.ppo.update import Ranks, Updater
 from ftpipe.sequences import Order, upcoming
@@ -144,7 +152,8 @@ class PpoTrainer:
         # 2. Answers drawn from the policy, on every rank its share.
         places = range(self.ranks.rank, size, self.ranks.world)
         own = rows.select(places)["input_ids"][:]
-        answers = self.draw(own, [(self.updater.seed, 0, rollout, place) for place in places])
+        keys = [(self.updater.seed, rollout, place, generation.ANSWERS) for place in places]
+        answers = self.draw(own, keys)
         drawn = time.monotonic()
         # 3. Log-probs under policy and reference, values, scores; then every rank gets all of them.
         judged = self.judge(answers, places)
@@ -196,38 +205,46 @@ class PpoTrainer:
         batches = [
             lay([answers[at] for at in piece], self.updater.pad, self.roles.device) for piece in pieces
         ]
-        found: dict[str, list[torch.Tensor]] = {}
-        with torch.no_grad(), self.updater.autocast():
-            for role, name in ((Role.policy, "logps"), (Role.reference, "ref_logps")):
-                with self.roles.acting(role) as model:
-                    for batch in batches:
-                        logits_BTV = answer_logits(model, batch, self.ppo.temperature)
-                        found.setdefault(name, []).append(chosen_logps(logits_BTV, batch))
-                        if role is Role.policy:
-                            found.setdefault("entropies", []).append(losses.entropies(logits_BTV))
-            found["values"] = self._values(batches)
+        with torch.no_grad():
+            found = self._logps(batches) | {"values": self._values(batches)}
             if self.roles.rewards is not None:
-                for batch in batches:
-                    members_MB = self.roles.rewards.members(batch.ids_BL, batch.attended_BL)
-                    found.setdefault("members", []).append(members_MB.T)
+                with self.updater.autocast():
+                    found["members"] = [
+                        self.roles.rewards.members(batch.ids_BL, batch.attended_BL).T
+                        for batch in batches
+                    ]
         judged = []
         for number, piece in enumerate(pieces):
             for row, at in enumerate(piece):
                 length = len(answers[at].tokens)
-                tokens = {
-                    f"{name}_T": found[name][number][row, :length].float().cpu()
+                tokens = {  # copies: a view would be sent to other ranks with its whole batch
+                    f"{name}_T": found[name][number][row, :length].float().cpu().clone()
                     for name in ("logps", "ref_logps", "entropies", "values")
                 }
-                members = found["members"][number][row].float().cpu() if "members" in found else None
+                members = (
+                    found["members"][number][row].float().cpu().clone() if "members" in found else None
+                )
                 judged.append(Judged(places[at], answers[at], **tokens, members_M=members))
         everyone: list[Judged] = gather_object(judged)
         return sorted(everyone, key=lambda one: one.place)
+
+    def _logps(self, batches: Sequence[Batch]) -> dict[str, list[torch.Tensor]]:
+        """Return log-probs under policy and reference, and the policy's entropies."""
+        found: dict[str, list[torch.Tensor]] = {"logps": [], "ref_logps": [], "entropies": []}
+        for role, name in ((Role.policy, "logps"), (Role.reference, "ref_logps")):
+            with self.roles.acting(role) as model, self.updater.autocast():
+                for batch in batches:
+                    logits_BTV = answer_logits(model, batch, self.ppo.temperature)
+                    found[name].append(chosen_logps(logits_BTV, batch))
+                    if role is Role.policy:
+                        found["entropies"].append(measured_entropies(logits_BTV))
+        return found
 
     def _values(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
         """Return V before each token; 0 where there is no value function."""
         if self.roles.head is None:
             return [torch.zeros(batch.mask_BT.shape) for batch in batches]
-        with self.roles.acting(Role.value) as model:
+        with self.roles.acting(Role.value) as model, self.updater.autocast():
             return [state_values(body_of(model), self.roles.value_head, batch) for batch in batches]
 
     def scores(
@@ -285,10 +302,12 @@ def held_out(trainer: PpoTrainer, rows: Dataset) -> dict[str, Any]:
     """
     places = range(trainer.ranks.rank, len(rows), trainer.ranks.world)
     own = rows.select(places)["input_ids"][:]
-    answers = trainer.draw(own, [(trainer.updater.seed, 2, place) for place in places])
+    keys = [(trainer.updater.seed, 0, place, generation.HELD_OUT) for place in places]
+    answers = trainer.draw(own, keys)
     judged = trainer.judge(answers, places)
     given, watched = trainer.scores(judged, rows["reference"][:])
-    found = experience(judged, given, watched, trainer.controller.beta, trainer.ppo)
+    beta = trainer.controller.beta
+    found = experience(judged, given, watched, beta, trainer.ppo, learned=False)
     shown = health.measures(found)
     names = ("score", "watched", "kl", "length", "eos_rate", "entropy")
     decode = trainer.tokenizer.decode

@@ -22,7 +22,15 @@ from torch import Tensor
 from ftpipe.choices import Precision
 from ftpipe.errors import HealthError
 from ftpipe.ppo import kl, losses
-from ftpipe.ppo.layout import Batch, answer_logits, chosen_logps, lay, state_values
+from ftpipe.ppo.generation import SHUFFLED
+from ftpipe.ppo.layout import (
+    Batch,
+    answer_logits,
+    chosen_logps,
+    lay,
+    measured_entropies,
+    state_values,
+)
 from ftpipe.ppo.roles import Role, Roles, body_of
 
 if TYPE_CHECKING:
@@ -31,7 +39,7 @@ if TYPE_CHECKING:
 
 # Mean difference of log-probs, nats a token, between a rollout and the first minibatch after it, where
 # nothing has changed yet: rounding in one layout and the other. Another policy is far beyond.
-SAME = {Precision.fp32: 1e-3, Precision.bf16: 0.05, Precision.fp16: 0.05}
+SAME = {Precision.fp32: 1e-3, Precision.bf16: 0.05}
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 
@@ -47,7 +55,7 @@ class Ranks:
         """Add up tensors over the ranks, in place, in one message for each dtype."""
         if self.world == 1:
             return
-        for dtype in {value.dtype for value in values}:
+        for dtype in dict.fromkeys(value.dtype for value in values):  # in one order on every rank
             same = [value for value in values if value.dtype is dtype]
             flat = torch.cat([value.reshape(-1) for value in same])
             dist.all_reduce(flat)
@@ -108,7 +116,8 @@ class Updater:
 
     def _minibatches(self, count: int, rollout: int, epoch: int) -> Iterator[np.ndarray]:
         """Yield the places of each minibatch's answers, in an order that the seed decides."""
-        order = np.random.default_rng((self.seed, 1, rollout, epoch)).permutation(count)
+        key = (self.seed, rollout, epoch, SHUFFLED)
+        order = np.random.default_rng(key).permutation(count)
         yield from np.array_split(order, self.ppo.minibatches)
 
     def _gradients(self, found: Experience, chosen: np.ndarray) -> dict[str, float]:
@@ -161,17 +170,19 @@ class Updater:
         with self.autocast():
             logits_BTV = answer_logits(model, piece.batch, self.ppo.temperature)
         logps_BT = chosen_logps(logits_BTV, piece.batch)
-        with torch.set_grad_enabled(self.ppo.entropy_weight > 0):
-            entropies_BT = losses.entropies(logits_BTV)
+        entropies_BT = (
+            losses.entropies(logits_BTV) if self.ppo.entropy_weight else measured_entropies(logits_BTV)
+        )
         # The clipped surrogate (Schulman et al. 2017, eq. 7), less the entropy bonus (eq. 9)
         ratios_BT = losses.ratios(logps_BT, piece.logps_BT, mask_BT)
         losses_BT = losses.policy_losses(ratios_BT, piece.advantages_BT, self.ppo.clip)
         loss = losses.normalised(losses_BT, mask_BT, how, total)
         entropy = losses.normalised(entropies_BT, mask_BT, how, total)
-        # GRPO's KL from the reference, by k3 (Shao et al. 2024, eq. 4)
-        from_reference_BT = kl.k3(torch.where(mask_BT, logps_BT - piece.ref_logps_BT, 0.0))
-        apart = losses.normalised(from_reference_BT, mask_BT, how, total)
-        (loss - self.ppo.entropy_weight * entropy + kl_weight * apart).backward()
+        whole = loss - self.ppo.entropy_weight * entropy
+        if kl_weight:  # GRPO's KL from the reference, by k3 (Shao et al. 2024, eq. 4)
+            from_reference_BT = kl.k3(torch.where(mask_BT, logps_BT - piece.ref_logps_BT, 0.0))
+            whole = whole + kl_weight * losses.normalised(from_reference_BT, mask_BT, how, total)
+        whole.backward()
         apart_BT = (piece.logps_BT - logps_BT).detach()
         clipped_BT = losses.policy_clipped(ratios_BT, piece.advantages_BT, self.ppo.clip)
         return {

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoTokenizer, Trainer, TrainingArguments, get_scheduler, set_seed
 
 from ftpipe import checkpoints, modeling, training
@@ -204,7 +205,12 @@ def make_updater(
     ]
     optimizer = kind(groups, **options)
     warmup = arguments.get_warmup_steps(steps)
-    schedule = get_scheduler(str(ppo.scheduler), optimizer, warmup, num_training_steps=steps)
+    # a warm-up begins at 0, at which a whole rollout would teach nothing: the first one is left out
+    ahead = 1 if warmup else 0
+    schedule = get_scheduler(str(ppo.scheduler), optimizer, warmup, num_training_steps=steps + ahead)
+    if ahead:
+        given_by = schedule.lr_lambdas[0]
+        schedule = LambdaLR(optimizer, lambda rollout: given_by(rollout + ahead))
     where = PartialState(cpu=cfg.launch.device is Device.cpu)
 
     def autocast() -> torch.autocast:

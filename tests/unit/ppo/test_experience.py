@@ -268,3 +268,11 @@ def test_an_answer_that_teaches_nothing_is_still_compared_with() -> None:
     whole = grouped(Algorithm.rloo)
     for row, other, is_cut in zip(found.advantages_BT, whole.advantages_BT, cut, strict=True):
         assert torch.equal(row, torch.zeros_like(row) if is_cut else other)
+
+
+def test_answers_that_are_only_measured_make_no_groups() -> None:
+    # three held-out prompts, one answer to each
+    ppo = PpoConfig(algorithm=Algorithm.rloo, answers_per_prompt=2)
+    found = experience(judged(0)[:3], [1.0, 2.0, 3.0], None, 0.1, ppo, learned=False)
+    assert not found.advantages_BT.any() and not found.returns_BT.any()
+    assert found.scores_B.tolist() == [1.0, 2.0, 3.0]

@@ -270,3 +270,11 @@ def test_a_models_own_settings_are_back_after_a_failure(monkeypatch: pytest.Monk
     with pytest.raises(RuntimeError, match="out of memory"):
         answers(policy, PROMPTS, KEYS, config(), STOPS, PAD)
     assert policy.generation_config is own
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_scores_that_are_not_finite_still_give_a_token(bad: float) -> None:
+    # the rollout's measures then say what is wrong, on every rank alike
+    scores = torch.tensor([[0.1, bad, 0.2], [0.0, 1.0, 2.0]])
+    left = Draw(torch.full((2, 1), 0.5), 0)(torch.zeros((2, 0), dtype=torch.long), scores)  # type: ignore[arg-type]
+    assert (left == 0).sum(1).tolist() == [1, 1]

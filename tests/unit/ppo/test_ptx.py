@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ftpipe.choices import Part, Precision, Use
 from ftpipe.data.table import SCHEMAS, Writer, place
-from ftpipe.errors import ConfigError, DataError
+from ftpipe.errors import DataError
 from ftpipe.ppo.ptx import Demonstrations
 from ftpipe.ppo.roles import Role
 from ftpipe.ppo.update import Ranks, Updater
@@ -77,7 +77,8 @@ def demonstrations(dataset: Path, **keys: Any) -> Demonstrations:
 
 def drawn(update: int, seed: int = 7) -> list[int]:
     """Return the rows of an update, found by walking through all epochs from the first."""
-    order, walked = Order([len(ids) for ids, _ in rows()], seed), []
+    # a stream of its own: seeds are below 2^32
+    order, walked = Order([len(ids) for ids, _ in rows()], seed + 2**32), []
     for epoch in range(update + 2):
         order.set_epoch(epoch)
         walked += list(order)
@@ -176,11 +177,6 @@ def test_rows_that_teach_nothing_have_no_loss(tmp_path: Path) -> None:
     found = demonstrations(tmp_path)
     assert found.gradients(0).item() == 0
     assert not any(each.any() for each in gradients(found).values())
-
-
-def test_a_dataset_without_demonstrations_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"ppo\.ptx_weight=2\.5 mixes in demonstrations.*set it to 0"):
-        demonstrations(tmp_path)
 
 
 def test_so_is_one_whose_demonstrations_are_all_held_out(tmp_path: Path) -> None:

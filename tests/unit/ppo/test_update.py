@@ -268,7 +268,7 @@ def test_later_steps_are_those_of_the_papers_loss_too(
     laid = steps_and_batches(monkeypatch, made, seen)
     made.update(found, 0, 0)
     assert len(seen.gradients) == 4
-    parts: dict[str, Tensor] = {}
+    every: list[dict[str, Tensor]] = []
     for step, weights in enumerate(seen.weights):
         then = copy.deepcopy(held)
         with torch.no_grad():
@@ -278,11 +278,12 @@ def test_later_steps_are_those_of_the_papers_loss_too(
             {found.answers.index(one) for number, some in laid if number == step for one in some}
         )
         assert len(at) == 4
-        parts = by_paper(then, found, ppo, at)
+        every.append(by_paper(then, found, ppo, at))
         close(seen.gradients[step], gradients(then, found, ppo, at))
-    assert 0 < parts["clip_fraction"].item() < 1  # or nothing of it was seen
+    # or nothing of it was seen
+    assert any(0 < parts["clip_fraction"].item() < 1 for parts in every)
     if ppo.value_clip is not None:
-        assert 0 < parts["value_clip_fraction"].item() < 1
+        assert any(0 < parts["value_clip_fraction"].item() < 1 for parts in every)
 
 
 def test_what_is_shown_is_the_mean_over_minibatches_but_for_the_first_ratio() -> None:
@@ -429,7 +430,7 @@ def test_a_policy_that_did_not_draw_the_answers_is_refused() -> None:
     assert not seen.gradients
     # rounding in 16 bits is let pass, another policy is not
     off = replace(found, logps_BT=found.logps_BT + 0.01)
-    for precision, passes in ((Precision.fp32, False), (Precision.bf16, True), (Precision.fp16, True)):
+    for precision, passes in ((Precision.fp32, False), (Precision.bf16, True)):
         made, seen = updater(roles(), ppo, precision=precision)
         if passes:
             made.update(off, 0, 0)
@@ -610,3 +611,14 @@ def test_tensors_of_all_shapes_and_types_are_summed_in_place(monkeypatch: pytest
     assert wide.tolist() == [[0, 2, 4], [6, 8, 10]]
     Ranks().sum(values)
     assert values[0].item() == 3.0 and len(messages) == 2
+
+
+def test_every_rank_sends_its_sums_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    # a set of dtypes has another order in each process
+    sent: list[torch.dtype] = []
+    monkeypatch.setattr(dist, "all_reduce", lambda flat: sent.append(flat.dtype))
+    dtypes = [torch.bfloat16, torch.float64, torch.float32, torch.bfloat16, torch.float16]
+    for order in (dtypes, dtypes[::-1]):
+        sent.clear()
+        Ranks(0, 2).sum([torch.ones(2, dtype=dtype) for dtype in order])
+        assert sent == list(dict.fromkeys(order))
