@@ -113,7 +113,11 @@ def side_by_side(chosen: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 
 def write_rows(source: Path, target: Path, count: int) -> None:
-    """Write so many pairs that fit, each prompt once, from the file's rows as often as it takes."""
+    """Write so many pairs that fit, each prompt once, from the file's rows as often as it takes.
+
+    They are those of middling length, all nearly alike: else which rows share a batch, which either side
+    draws its own way, would decide how much padding is computed, and with it the ratio.
+    """
     fit = []
     for line in source.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
@@ -121,6 +125,9 @@ def write_rows(source: Path, target: Path, count: int) -> None:
         whole = all(isinstance(text, str) and text.strip() for text in texts)
         if whole and texts[1] != texts[2] and len("".join(texts).encode()) < LONGEST:
             fit.append(dict(zip(("prompt", "chosen", "rejected"), texts, strict=True)))
+    by_length = sorted(fit, key=lambda row: len(row["prompt"]) + max(map(len, list(row.values())[1:])))
+    first = max((len(fit) - count) // 2, 0)
+    fit = by_length[first : first + count]
     repeated = [
         {**fit[at % len(fit)], "prompt": f"{at}. {fit[at % len(fit)]['prompt']}"} for at in range(count)
     ]

@@ -88,12 +88,9 @@ def logps(model: Any, rows: Any) -> list[list[float]]:
 
 
 NEW_TOKENS = ("data.template=oasst", "model.new_tokens=['<|prompter|>','<|assistant|>']")
-CAME_IN = [
-    (),
+CAME_IN_SLOWLY = [
     ("adapter=qlora",),
     ("stages=[prepare,sft,merge,dpo]", "dpo.r=4", "dpo.alpha=8"),
-]
-CAME_IN_SLOWLY = [
     ("adapter=full",),
     (*NEW_TOKENS, "stages=[prepare,sft,reference,dpo]"),
     NEW_TOKENS,
@@ -112,7 +109,7 @@ CAME_IN_SLOWLY = [
 
 @pytest.mark.parametrize(
     "words",
-    [*CAME_IN, *(pytest.param(words, marks=slow) for words in CAME_IN_SLOWLY)],
+    [(), *(pytest.param(words, marks=slow) for words in CAME_IN_SLOWLY)],
     ids=lambda words: " ".join(words) or "lora",
 )
 def test_the_first_loss_is_log_2_whatever_came_in(words: tuple[str, ...]) -> None:
@@ -216,6 +213,7 @@ def planned(capfd: pytest.CaptureFixture[str], *words: str) -> list[tuple[str, .
     return [tuple(word[:2]) for word in told if word[0] in ("run", "reuse")]
 
 
+@pytest.mark.slow
 def test_a_sweep_over_beta_computes_the_reference_once(capfd: pytest.CaptureFixture[str]) -> None:
     words = (*SHORT, "stages=[prepare,sft,reference,dpo]", "dpo.max_steps=1")
     sweep = (*words, "-m", "dpo.beta=0.05,0.1,0.2")
@@ -388,6 +386,7 @@ def test_bad_input_gets_one_sentence(
     assert not list(Path().rglob("dpo-*/manifest.json"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["dpo", "reward"])
 def test_an_adapter_without_its_weights_is_refused(
     stage: str, capfd: pytest.CaptureFixture[str]
@@ -407,6 +406,7 @@ def test_kto_with_one_held_out_prompt_says_what_to_do(capfd: pytest.CaptureFixtu
     assert "hold out more (data.validation)" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_another_policys_log_probs_are_refused(capfd: pytest.CaptureFixture[str]) -> None:
     words = (*SHORT, "stages=[prepare,sft,reference,dpo]", "dpo.max_steps=1")
     made = run(*words)

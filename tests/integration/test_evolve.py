@@ -89,6 +89,7 @@ def test_a_set_is_made_and_everything_in_it_is_accounted_for(capfd: pytest.Captu
     assert "round 2: 6 of 6 evolutions kept" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_process")
 def test_the_bytes_do_not_depend_on_how_many_calls_run_at_once() -> None:
     def jittery(body: dict[str, Any], before: int) -> Reply:
@@ -200,6 +201,7 @@ def test_a_model_that_evolves_nothing_is_refused_with_the_reasons(
     assert "evolve is left with no row" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_process")
 def test_calls_that_finished_before_a_failure_are_not_repeated(
     capfd: pytest.CaptureFixture[str],

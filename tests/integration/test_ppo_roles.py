@@ -363,6 +363,7 @@ def digest(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: weight.detach().clone() for name, weight in weights.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [

@@ -169,6 +169,7 @@ def test_halves_keep_the_head_whole(method: str) -> None:
     assert both[0] == pytest.approx(both[1], abs=0.2) and both[0] != both[1]
 
 
+@pytest.mark.slow
 def test_the_first_loss_is_that_of_the_paper_by_hand() -> None:
     made = run(
         *SHORT,
@@ -374,6 +375,7 @@ def test_members_are_trained_from_seeds_of_their_own_and_recognised_when_they_ar
     assert apart == pytest.approx(abs(each[0] - each[1]) / 2, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_policys_adapter_goes_on_as_the_rewards() -> None:
     made = run(*POLICY, NEW, "adapter.r=4", "adapter.alpha=12", "reward.learning_rate=1e-12")
     ours, theirs = (
@@ -496,6 +498,7 @@ def test_missing_scores_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
     assert said in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_reward_model_of_another_dataset_is_refused() -> None:
     path = run(*SHORT)["reward_model"].path
     other = AutoTokenizer.from_pretrained(path)

@@ -151,6 +151,7 @@ def test_the_loss_is_the_cross_entropy_of_the_answers_alone(trainers: list[Any])
     assert made["policy"].metrics["loss_first"] == pytest.approx(nats / count, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_held_out_loss_is_per_token_over_all_rows() -> None:
     made = run(*SHORT, "launch.micro_batch_size=1")
     base = AutoModelForCausalLM.from_pretrained(made["base_model"].path)
@@ -224,6 +225,7 @@ def test_packed_rows_have_the_loss_and_gradients_of_rows_alone(
         torch.testing.assert_close(together[name], weight.grad, rtol=1e-3, atol=limit)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("counted", [True, False])
 @pytest.mark.parametrize("packing", [True, False])
 def test_a_step_is_the_mean_over_all_its_tokens(
@@ -244,6 +246,7 @@ def test_a_step_is_the_mean_over_all_its_tokens(
     assert losses[8] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", [False, True])
 def test_an_epoch_sees_every_row_once(packing: bool, trainers: list[Any]) -> None:
     made = run(
@@ -277,6 +280,7 @@ PACKED = ("data.packing=true", "data.max_length=600")
 NEW = "model.new_tokens=['<|prompter|>','<|assistant|>','<|endoftext|>']"  # the last is there already
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "tied"),
     [
@@ -343,6 +347,7 @@ MINE = (
 )
 
 
+@pytest.mark.slow
 def test_the_held_out_loss_before_training_is_that_of_the_grown_model() -> None:
     made = run(*SHORT, *MINE, NEW)
     base: Any = AutoModelForCausalLM.from_pretrained(made["base_model"].path)
@@ -367,6 +372,7 @@ def test_rows_beyond_the_models_positions_are_refused(capsys: pytest.CaptureFixt
     assert [path.name.split("-")[0] for path in finished()] == ["model", "prepare"]
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing_but_memory() -> None:
     plain = run(*SHORT, "adapter.dropout=0")["policy"]
     recomputed = run(*SHORT, "adapter.dropout=0", "sft.gradient_checkpointing=true")["policy"]
@@ -378,6 +384,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory() -> None:
         torch.testing.assert_close(weight, second[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_neftune_adds_noise_to_training_only() -> None:
     plain = run(*SHORT, "adapter.dropout=0")["policy"].metrics
     noisy = run(*SHORT, "adapter.dropout=0", "sft.neftune_alpha=50")["policy"].metrics
@@ -385,6 +392,7 @@ def test_neftune_adds_noise_to_training_only() -> None:
     assert noisy["held_out_loss_before"] == plain["held_out_loss_before"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", [*training.OPTIMIZERS])
 def test_every_optimizer_takes_steps(optimizer: str) -> None:
     metrics = run(*SHORT, f"sft.optimizer={optimizer}", "sft.weight_decay=0.01")["policy"].metrics
@@ -392,6 +400,7 @@ def test_every_optimizer_takes_steps(optimizer: str) -> None:
     assert metrics["held_out_loss"] != metrics["held_out_loss_before"]
 
 
+@pytest.mark.slow
 def test_checkpoints_are_kept_to_the_limit_as_safetensors_alone() -> None:
     policy = run(*SHORT, "sft.save_every=1", "sft.keep_checkpoints=2")["policy"].path
     kept = sorted(path.name for path in (policy / "checkpoints").iterdir())

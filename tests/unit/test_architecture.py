@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,7 @@ def module_name(file: Path) -> str:
 FILES = {module_name(file): file for file in ROOT.rglob("*.py")}
 
 
+@functools.cache
 def imports(module: str) -> list[Import]:
     return list(_imports(ast.parse(FILES[module].read_text(encoding="utf-8")), at_once=True))
 

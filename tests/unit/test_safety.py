@@ -22,6 +22,7 @@ SECRETS = {
 FLAG = "planted-flag-0123456789"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_process", "empty_folder", "own_wandb")
 def test_a_run_leaves_no_secret_on_disk(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

@@ -98,6 +98,7 @@ def test_inputs_are_opened_by_kind(
     assert seen == {"base_model": base, "cfg": cfg}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl(2) is Linux's")
 @pytest.mark.parametrize("alive", [True, False])
 def test_a_rank_whose_driver_is_gone_ends_before_it_does_anything(cfg: RunConfig, alive: bool) -> None:

@@ -18,6 +18,9 @@ from ftpipe.pins import Digests, data_pins
 HERE = {"own", "sample"}  # no hub
 SETS = sorted(file.stem for file in (compose.shipped("conf") / "data").glob("*.yaml"))
 
+TLDR_SFT = "trl-internal-testing/tldr-preference-sft-trl-style"
+TLDR_PAIRS = "trl-internal-testing/tldr-preference-trl-style"
+
 # name: format, hub id, split or file of what is learned, of what is tested on
 PUBLISHED: dict[str, list[tuple[Format, str, str, str]]] = {
     "alpaca": [(Format.alpaca, "tatsu-lab/alpaca", "train", "")],
@@ -58,9 +61,20 @@ PUBLISHED: dict[str, list[tuple[Format, str, str, str]]] = {
             "",
         )
     ],
+    "tldr": [
+        (Format.messages, TLDR_SFT, "train", "test"),
+        (Format.preference, TLDR_PAIRS, "train", ""),
+    ],
     "ultrachat": [(Format.messages, "HuggingFaceH4/ultrachat_200k", "train_sft", "test_sft")],
     "ultrafeedback-binarized": [
         (Format.ultrafeedback, "HuggingFaceH4/ultrafeedback_binarized", "train_prefs", "test_prefs")
+    ],
+}
+# name: format, hub id and split of what is held out by its publishers
+VALIDATED: dict[str, list[tuple[Format, str, str]]] = {
+    "tldr": [
+        (Format.messages, TLDR_SFT, "validation"),
+        (Format.preference, TLDR_PAIRS, "validation"),
     ],
 }
 UNPINNED = {"alpaca-gpt4"}
@@ -83,7 +97,8 @@ def test_a_set_is_the_published_one(name: str, empty_folder: object) -> None:
     ]
     expected = [(format, id_, train, Part.auto) for format, id_, train, _ in PUBLISHED[name]]
     expected += [(format, id_, test, Part.test) for format, id_, _, test in PUBLISHED[name] if test]
-    assert found == expected
+    expected += [(*held, Part.validation) for held in VALIDATED.get(name, [])]
+    assert sorted(found) == sorted(expected)
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))

@@ -114,6 +114,7 @@ def close(found: dict[str, Tensor], want: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found[name], each, rtol=1e-3, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batch", [1, 2, 3, 4, 9])
 @pytest.mark.parametrize("update", [0, 1, 2, 6])
 def test_the_loss_is_the_cross_entropy_of_the_updates_rows(
@@ -148,6 +149,7 @@ def test_which_rows_come_is_by_the_seed_and_the_updates_number(dataset: Path) ->
     assert drawn(0, seed=8) != drawn(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3, 5])
 def test_the_parts_of_all_ranks_add_up(dataset: Path, world: int) -> None:
     whole = demonstrations(dataset)

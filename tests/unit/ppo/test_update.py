@@ -220,6 +220,7 @@ def test_gradients_are_those_of_the_papers_loss_however_a_minibatch_is_cut(
     assert shown["updates"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", Weighting)
 @pytest.mark.parametrize("micro_batch", [2, 8])
 def test_grpos_loss_has_the_divergence_from_the_reference(how: Weighting, micro_batch: int) -> None:
