@@ -99,6 +99,25 @@ def from_gguf(model: ModelConfig) -> PreTrainedModel:
     return plain  # type: ignore[no-any-return]
 
 
+def text_config(where: str, revision: str | None, trust_remote_code: bool) -> Any:
+    """Return the configuration of a model's text part, without its weights.
+
+    Args:
+        where: a folder, or a hub id.
+
+    Raises:
+        ModelError: if it cannot be read.
+    """
+    from transformers import AutoConfig
+
+    given = {"trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(where, revision=revision, **given)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"the model {where} cannot be read: {first_line(error)}.") from None
+    return config.get_text_config()
+
+
 def base_path(model: ModelConfig, base: Path | None) -> str:
     """Return where plain transformers finds the base model: a folder, or a hub id."""
     assert base is not None or model.path is not None

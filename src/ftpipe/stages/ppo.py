@@ -21,7 +21,7 @@ from accelerate import PartialState
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoTokenizer, Trainer, TrainingArguments, get_scheduler, set_seed
 
-from ftpipe import checkpoints, modeling, training
+from ftpipe import checkpoints, modeling, policy, training
 from ftpipe.artifacts import Artifact, write_atomic
 from ftpipe.choices import Device, Part, Precision, RewardKind, Use
 from ftpipe.config import RunConfig
@@ -111,8 +111,8 @@ def make_trainer(
         raise DataError("no prompts are left to train on; hold out fewer rows (data.validation).")
     tokenizer = AutoTokenizer.from_pretrained(str(dataset / "tokenizer"))
     stops = stop_tokens(cfg, tokenizer)
+    check_positions(cfg, inputs, max([*prompts["length"][:], *validation["length"][:]]))
     roles = load(cfg, inputs, tokenizer)
-    check_positions(cfg, roles, max([*prompts["length"][:], *validation["length"][:]]))
     updater, schedule, steps = make_updater(cfg, roles, tokenizer, len(prompts), out)
     if cfg.ppo.ptx_weight:
         updater.ptx = Demonstrations.of(dataset, updater).gradients
@@ -146,13 +146,18 @@ def check_gate(cfg: RunConfig, folder: Path) -> None:
     say(f"the reward model fails its gate, which ppo.ignore_gate=true lets pass: {why}")
 
 
-def check_positions(cfg: RunConfig, roles: Roles, longest: int) -> None:
+def check_positions(cfg: RunConfig, inputs: Mapping[str, Artifact], longest: int) -> None:
     """Refuse prompts whose answers would run past the positions that the model knows.
+
+    Args:
+        longest: tokens of the longest prompt.
 
     Raises:
         ConfigError: naming the length that fits.
+        ModelError: if the model's configuration cannot be read.
     """
-    config = roles.models[Role.policy].config.get_text_config()
+    start = policy.incoming(cfg, inputs)
+    config = modeling.text_config(start.weights, start.revision, cfg.model.trust_remote_code)
     known = getattr(config, "max_position_embeddings", None)
     if known is not None and longest + cfg.ppo.max_new_tokens > known:
         fits = known - longest
