@@ -1,4 +1,7 @@
-"""Run one stage as one subprocess under ``accelerate launch``, and turn its folder into an artifact."""
+"""Run one stage as one subprocess, and turn its folder into an artifact.
+
+One rank is that process; several are started by ``accelerate launch``.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from ftpipe.pipeline import Step
 from ftpipe.schema import plain
 
 RESULT = ".result.json"  # final metrics and peak memory, written by rank 0 when the stage is done
-DRIVER = "FTPIPE_DRIVER"  # environment variable of a rank: the process that waits for its launcher
+DRIVER = "FTPIPE_DRIVER"  # environment variable of a rank: the process that waits for it
 ERROR = ".error.json"  # a user error's sentence, in place of RESULT
 
 
@@ -166,16 +169,19 @@ def _result(partial: Path) -> dict[str, Any] | None:
 
 
 def launch_command(cfg: RunConfig, processes: int, settings: Path, job: Path) -> list[str]:
-    """Return the ``accelerate launch`` command of one stage, its settings written to a file.
+    """Return the command of one stage: of its only rank, or ``accelerate launch`` of several.
 
-    The file keeps a default configuration in the user's home from changing the launch.
+    A launcher would add nothing to one rank but the seconds that its imports take. Its settings are
+    written to a file, which keeps a default configuration in the user's home from changing the launch.
     """
+    if processes == 1:
+        return [sys.executable, "-m", "ftpipe.worker", str(job)]
     launch = cfg.launch
     lines = {
         "compute_environment": "LOCAL_MACHINE",
         # with a CPU, MULTI_GPU is what starts ranks that find each other through gloo
-        "distributed_type": "MULTI_GPU" if processes > 1 else "'NO'",
-        "mixed_precision": "'no'" if launch.precision is Precision.fp32 else launch.precision,
+        "distributed_type": "MULTI_GPU",
+        "mixed_precision": f"'{mixed(launch.precision)}'",
         "num_machines": 1,
         "num_processes": processes,
         "use_cpu": str(launch.device is Device.cpu).lower(),
@@ -190,6 +196,11 @@ def launch_command(cfg: RunConfig, processes: int, settings: Path, job: Path) ->
     ]
 
 
+def mixed(precision: Precision) -> str:
+    """Return accelerate's word for a number format."""
+    return "no" if precision is Precision.fp32 else precision.value
+
+
 def environment(cfg: RunConfig, processes: int) -> dict[str, str]:
     """Return the environment of the ranks: threads shared out, hashing and cuBLAS repeatable."""
     threads = cfg.launch.threads or max(1, len(os.sched_getaffinity(0)) // processes)
@@ -199,6 +210,7 @@ def environment(cfg: RunConfig, processes: int) -> dict[str, str]:
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": 1,
+        "ACCELERATE_MIXED_PRECISION": mixed(cfg.launch.precision),
         DRIVER: os.getpid(),
     }
     if cfg.launch.device is Device.cpu:
@@ -216,13 +228,15 @@ def die_with_parent() -> None:
     if sys.platform == "linux":
         end_with_parent()
         driver = os.environ.get(DRIVER)
-        if driver is not None and driver != _grandparent():
+        if driver is not None and driver not in _elders():
             sys.exit(1)
 
 
-def _grandparent() -> str | None:
+def _elders() -> tuple[str, ...]:
+    """Return the ids of this process's parent and, behind a launcher, of the parent's parent."""
+    parent = str(os.getppid())
     try:
         # proc(5): pid (name) state ppid; the name may hold anything
-        return Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[1]
+        return parent, Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[1]
     except OSError:
-        return None
+        return (parent,)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 import signal
 import subprocess
 import time
@@ -13,9 +12,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.integration.test_processes import _wait_for, _wait_until_gone, command, ftpipe
+from tests.integration.test_processes import _wait_for, _wait_until_gone, command, ftpipe, prepared
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("empty_folder")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.xdist_group("dpo"),
+    pytest.mark.usefixtures("empty_folder"),
+]
 
 # 20 pairs, 6 a step: the last step of each epoch is filled up; the run ends in its third epoch
 WORDS = (
@@ -51,21 +54,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def prepared(whole: Path, folder: Path) -> Path:
-    """Return a folder with all that the run needs but its last stage."""
-    shutil.copytree(whole / "outputs", folder / "outputs")
-    for done in folder.glob("outputs/artifacts/dpo-*"):
-        shutil.rmtree(done) if done.is_dir() else done.unlink()
-    return folder
-
-
 @pytest.mark.parametrize("extra", [(), ("dpo.loss=kto",)])
 def test_two_ranks_prefer_as_one_does(whole: Path, tmp_path: Path, extra: tuple[str, ...]) -> None:
     one = whole
     if extra:
-        one = prepared(whole, tmp_path / "one")
+        one = prepared(whole, tmp_path / "one", "dpo")
         assert ftpipe(one, *WORDS, *extra).returncode == 0
-    two = prepared(whole, tmp_path / "two")
+    two = prepared(whole, tmp_path / "two", "dpo")
     done = ftpipe(two, *WORDS, *extra, "launch.processes=2")
     assert done.returncode == 0, done.stderr
     assert losses(two) == pytest.approx(losses(one), rel=1e-3, abs=1e-5)
@@ -84,9 +79,9 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(
     words = (*WORDS, f"launch.processes={ranks}")
     unhurt = whole
     if ranks == 2:
-        unhurt = prepared(whole, tmp_path / "unhurt")
+        unhurt = prepared(whole, tmp_path / "unhurt", "dpo")
         assert ftpipe(unhurt, *words).returncode == 0
-    hurt = prepared(whole, tmp_path / "hurt")
+    hurt = prepared(whole, tmp_path / "hurt", "dpo")
     draw = random.Random(ranks)
     for kill in range(3 - ranks):  # the second time in what the first one left
         process = subprocess.Popen(

@@ -20,10 +20,15 @@ from tests.integration.test_processes import (
     command,
     ftpipe,
     policy,
+    prepared,
     weights,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("empty_folder")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.xdist_group("packed"),
+    pytest.mark.usefixtures("empty_folder"),
+]
 
 STEPS = 12
 WORDS = (
@@ -42,6 +47,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     folders = {}
     for ranks in (1, 2):
         folders[ranks] = tmp_path_factory.mktemp(f"ranks{ranks}")
+        if ranks == 2:
+            prepared(folders[1], folders[2])
         words = (*WORDS, "adapter.dropout=0", f"launch.processes={ranks}")
         done = ftpipe(folders[ranks], *words)
         assert done.returncode == 0, done.stderr
@@ -76,6 +83,7 @@ def test_two_ranks_killed_in_the_second_epoch_end_with_the_same_bytes(
     whole: dict[int, Path], tmp_path: Path
 ) -> None:
     words = (*WORDS, "adapter.dropout=0", "launch.processes=2")
+    prepared(whole[2], tmp_path)
     process = subprocess.Popen(
         command(*words), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,11 @@ from safetensors.torch import load_file
 
 from ftpipe import artifacts
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("empty_folder")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.xdist_group("processes"),
+    pytest.mark.usefixtures("empty_folder"),
+]
 
 TINY = ("recipe=tiny", "sft.samples=0", "sft.max_steps=12", "launch.threads=1")
 
@@ -38,6 +43,14 @@ def policy(folder: Path) -> Path:
 
 def weights(folder: Path) -> bytes:
     return (policy(folder) / "adapter_model.safetensors").read_bytes()
+
+
+def prepared(whole: Path, folder: Path, stage: str = "sft") -> Path:
+    """Return a folder with all that a run needs but what its last stage makes."""
+    shutil.copytree(whole / "outputs", folder / "outputs")
+    for done in folder.glob(f"outputs/artifacts/{stage}-*"):
+        shutil.rmtree(done) if done.is_dir() else done.unlink()
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +86,7 @@ def test_a_second_run_does_nothing(whole: Path) -> None:
 
 def test_killed_after_a_checkpoint_it_ends_with_the_same_weights(whole: Path, tmp_path: Path) -> None:
     words = ("sft", *TINY, "sft.save_every=2")
+    prepared(whole, tmp_path)
     process = subprocess.Popen(
         command(*words), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -122,7 +136,7 @@ def test_two_ranks_train_as_one_does(whole: Path, tmp_path: Path) -> None:
     losses: dict[int, list[float]] = {}
     states: dict[int, Any] = {}
     for ranks in (1, 2):
-        folder = tmp_path / str(ranks)
+        folder = prepared(whole, tmp_path / str(ranks))
         done = ftpipe(folder, *words, f"launch.processes={ranks}")
         assert done.returncode == 0, done.stderr
         lines = [
@@ -137,8 +151,9 @@ def test_two_ranks_train_as_one_does(whole: Path, tmp_path: Path) -> None:
         assert (weight - states[2][name]).abs().max() < 1e-3, name
 
 
-def test_a_second_driver_is_told_who_is_at_work(tmp_path: Path) -> None:
+def test_a_second_driver_is_told_who_is_at_work(whole: Path, tmp_path: Path) -> None:
     words = ("sft", *TINY)
+    prepared(whole, tmp_path)
     first = subprocess.Popen(
         command(*words), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )

@@ -11,10 +11,14 @@ import pytest
 from safetensors.torch import load_file
 
 from ftpipe import artifacts
-from tests.integration.test_processes import _wait_for, _wait_until_gone, command, ftpipe
+from tests.integration.test_processes import _wait_for, _wait_until_gone, command, ftpipe, prepared
 from tests.integration.test_reward import SHORT
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("empty_folder")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.xdist_group("reward"),
+    pytest.mark.usefixtures("empty_folder"),
+]
 
 WORDS = (
     *("reward", *SHORT, "adapter.dropout=0", "reward.ensemble=2", "reward.max_steps=null"),
@@ -35,6 +39,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     folders = {}
     for ranks in (1, 2):
         folders[ranks] = tmp_path_factory.mktemp(f"ranks{ranks}")
+        if ranks == 2:
+            prepared(folders[1], folders[2], "reward")
         done = ftpipe(folders[ranks], *WORDS, f"launch.processes={ranks}")
         assert done.returncode == 0, done.stderr
     return folders
@@ -59,11 +65,11 @@ def test_two_ranks_train_and_measure_as_one_does(whole: dict[int, Path]) -> None
         assert theirs[name] == pytest.approx(ours[name], rel=1e-3, abs=1e-4), name
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_in_the_second_member_it_ends_with_the_same_bytes(
-    ranks: int, whole: dict[int, Path], tmp_path: Path
+    whole: dict[int, Path], tmp_path: Path
 ) -> None:
-    words = (*WORDS, f"launch.processes={ranks}")
+    words = (*WORDS, "launch.processes=2")
+    prepared(whole[2], tmp_path, "reward")
     process = subprocess.Popen(
         command(*words), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -80,6 +86,6 @@ def test_killed_in_the_second_member_it_ends_with_the_same_bytes(
         *(f"member-{k}/adapter_model.safetensors" for k in (0, 1)),
     )
     for name in names:
-        assert (made(tmp_path) / name).read_bytes() == (made(whole[ranks]) / name).read_bytes(), name
-    ours, theirs = (artifacts.open_artifact(made(at)).metrics for at in (tmp_path, whole[ranks]))
+        assert (made(tmp_path) / name).read_bytes() == (made(whole[2]) / name).read_bytes(), name
+    ours, theirs = (artifacts.open_artifact(made(at)).metrics for at in (tmp_path, whole[2]))
     assert {**ours, "tokens_per_second": 0} == {**theirs, "tokens_per_second": 0}
