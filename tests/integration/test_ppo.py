@@ -366,6 +366,40 @@ def test_it_raises_what_is_rewarded(reward: Callable[..., tuple[str, ...]]) -> N
 
 
 @pytest.mark.slow
+def test_answers_of_one_token_reach_the_known_optimum(
+    folder: Path, reward: Callable[..., tuple[str, ...]]
+) -> None:
+    """The objective with its KL term is greatest at rho(a) exp(r(a) / beta) / Z (arXiv:1909.08593)."""
+    prompts = folder / "bandit.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": word}) + "\n" for word in ("one", "3")))
+    words = reward(lambda prompt, answer, reference: float(any(a in answer for a in "abcdefghijklm")))
+    made = run(
+        *(*words, "stages=[prepare,ppo]", "ppo.start=model", "adapter=full", "data.validation=0"),
+        f"data.sources={{p: {{format: prompts, path: {prompts}}}}}",
+        *("ppo.max_new_tokens=1", "ppo.missing_eos_penalty=0", "ppo.beta=0.5", "ppo.samples=0"),
+        *("ppo.batch_size=128", "launch.micro_batch_size=128", "ppo.max_steps=80", "ppo.ppo_epochs=2"),
+        *("ppo.learning_rate=3e-3", "ppo.value_clip=null"),
+    )
+    tokenizer = AutoTokenizer.from_pretrained(str(made["prepare"].path / "tokenizer"))
+    said = [tokenizer.decode([token], skip_special_tokens=True) for token in range(len(tokenizer))]
+    rewards_V = torch.tensor([float(any(a in one for a in "abcdefghijklm")) for one in said])
+    base, policy = (
+        AutoModelForCausalLM.from_pretrained(str(made[stage].path)).eval() for stage in ("model", "ppo")
+    )
+    for row in table.read(made["prepare"].path, Use.prompts, Part.train):
+        ids = torch.tensor([row["input_ids"]])
+        with torch.no_grad():
+            rho_V, pi_V = (
+                model(input_ids=ids).logits[0, -1].double().softmax(-1) for model in (base, policy)
+            )
+        best_V = rho_V * torch.exp(rewards_V / 0.5)
+        best_V /= best_V.sum()
+        before, after = (float((one - best_V).abs().sum() / 2) for one in (rho_V, pi_V))
+        assert before > 0.1
+        assert after < 0.04  # total variation: half of the sum over all words
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [0.1, pytest.param(-3.0, marks=slow)])
 def test_equal_rewards_are_said_and_spoil_nothing(
     value: float, reward: Callable[..., tuple[str, ...]], capfd: pytest.CaptureFixture[str]
