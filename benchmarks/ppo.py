@@ -7,9 +7,9 @@ A LoRA policy with a learned reward, either side. Ours has policy, reference, va
 model on one base; TRL has a base for the policy (and reference), one for the reward model and one, fully
 trained, for the value function. Both score in micro-batches; neither punishes a missing end; the weight
 of the KL penalty is the same per nat of normalised score. TRL 1.12 is installed into a folder of its
-own, over the same other packages. Runs alternate in one session, so that a machine's drift hits all of
-them; what counts are the ratios of neighbours. Writes benchmarks/results/ppo-<cpu|gpu>.json and draws
-the reward curves together.
+own, over the same other packages. On a CPU both run at the same time, a core each, so that whatever else
+the machine does slows both; the next time they change cores. What counts are the ratios. Writes
+benchmarks/results/ppo-<cpu|gpu>.json and draws the reward curves together.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from together import together
 
 from ftpipe import provenance
 from ftpipe.samples import sample_path
@@ -101,11 +103,16 @@ def side_by_side(chosen: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     merge(base, made["reward"], made["prepare"], scratch / "scored")
     normalised = json.loads((made["reward"] / "reward.json").read_text())["members"]["."]
     measured: dict[str, list[Measurement]] = {"ftpipe": [], "trl": []}
-    for _ in range(chosen.runs):
-        measured["ftpipe"].append(ours(chosen, scratch))
-        # its scores are raw ones, so the penalty is weighed by their deviation
-        beta = chosen.beta * normalised["deviation"]
-        measured["trl"].append(theirs(chosen, scratch, base, made["prepare"], site, beta))
+    # its scores are raw ones, so the penalty is weighed by their deviation
+    beta = chosen.beta * normalised["deviation"]
+    sides = (
+        lambda: ours(chosen, scratch),
+        lambda: theirs(chosen, scratch, base, made["prepare"], site, beta),
+    )
+    for number in range(chosen.runs):
+        pair = [side() for side in sides] if chosen.threads > 1 else together(sides, number)
+        for side, found in zip(measured, pair, strict=True):
+            measured[side].append(found)
         for side, runs in measured.items():
             print(f"{side:8}", {k: v for k, v in runs[-1].items() if isinstance(v, float)}, flush=True)
     for run in measured["trl"]:

@@ -4,9 +4,10 @@
     make bench-preferences args="--rows pairs.jsonl --count 64 --runs 5"
 
 Rows are ``prompt, chosen, rejected`` texts. Each run is one epoch over the same rows in batches of the
-same size. Runs alternate in one session, so that a machine's drift hits all of them; what counts are the
-ratios of neighbours. ``two adapters`` trains a LoRA policy against a frozen copy of itself: ours on one
-base, TRL's with a second model as its reference. Writes benchmarks/results/preferences-<cpu|gpu>.json.
+same size. Both sides of a comparison run at the same time, a core each, so that whatever else the
+machine does slows both; the next time they change cores. What counts are the ratios. ``two adapters``
+trains a LoRA policy against a frozen copy of itself: ours on one base, TRL's with a second model as its
+reference. Writes benchmarks/results/preferences-<cpu|gpu>.json.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from together import together
 
 from ftpipe import provenance
 from ftpipe.samples import sample_path
@@ -91,11 +94,11 @@ def side_by_side(chosen: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     }
     del tuned
     measured: dict[str, list[Measurement]] = {}
-    for _ in range(chosen.runs):
+    for number in range(chosen.runs):
         for work, sides in works.items():
-            for side, measure in zip(("ftpipe", "trl"), sides, strict=True):
-                measured.setdefault(f"{work}: {side}", []).append(measure())
-                shown = {key: round(value, 4) for key, value in measured[f"{work}: {side}"][-1].items()}
+            for side, found in zip(("ftpipe", "trl"), together(sides, number), strict=True):
+                measured.setdefault(f"{work}: {side}", []).append(found)
+                shown = {key: round(value, 4) for key, value in found.items()}
                 print(f"{work}: {side:8} {shown}", flush=True)
     ratios = {
         work: {
