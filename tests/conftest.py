@@ -14,6 +14,8 @@ os.environ["WANDB_MODE"] = "offline"
 # as a stage has it without a terminal; tqdm reads it when it is imported
 os.environ["TQDM_DISABLE"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ.pop("WANDB_API_KEY", None)
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers are as many as the cores: torch takes one each
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

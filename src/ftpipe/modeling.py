@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import struct
 from functools import partial
@@ -392,6 +393,20 @@ def no_dropout(model: torch.nn.Module) -> None:
         for name, value in vars(module).items():
             if isinstance(value, float) and name.endswith(("dropout", "layerdrop")):
                 setattr(module, name, 0.0)
+
+
+def attended(model: torch.nn.Module, ids_NL: torch.Tensor, mask_NL: torch.Tensor) -> dict[str, Any]:
+    """Return what a model's forward takes of rows padded on either side, without a cache.
+
+    Positions count what is no padding; some models take none.
+
+    Args:
+        mask_NL: 1 on what is no padding.
+    """
+    given: dict[str, Any] = {"input_ids": ids_NL, "attention_mask": mask_NL, "use_cache": False}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        given["position_ids"] = (mask_NL.cumsum(1) - 1).clamp(min=0)
+    return given
 
 
 def linear_modules(model: PreTrainedModel) -> list[tuple[str, torch.nn.Module]]:

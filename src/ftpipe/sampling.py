@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,18 +102,25 @@ class Answers:
         """Write prompts, the answers before and after, and the held-out answers, as Markdown."""
         if not self._prompts:
             return
-        parts = ["# Answers to held-out prompts\n"]
-        for one, old, new in zip(self._prompts, before, self.give(), strict=True):
-            shown = {
+        shown = [
+            {
                 "Prompt": str(self._tokenizer.decode(list(one.prompt))),
                 "Before": old,
                 "After": new,
                 "Held-out answer": self._text(list(one.answer)),
             }
-            parts += [f"## {title}\n\n{quote(text)}\n" for title, text in shown.items()]
-        path.write_text("\n".join(parts), encoding="utf-8")
+            for one, old, new in zip(self._prompts, before, self.give(), strict=True)
+        ]
+        path.write_text(markdown(shown), encoding="utf-8")
 
 
-def quote(text: str) -> str:
-    """Return a text as a Markdown quotation."""
+def markdown(shown: Iterable[Mapping[str, str]]) -> str:
+    """Return texts by their titles, those of one held-out prompt after the other."""
+    parts = ["# Answers to held-out prompts\n"]
+    for texts in shown:
+        parts += [f"## {title}\n\n{_quote(text)}\n" for title, text in texts.items()]
+    return "\n".join(parts)
+
+
+def _quote(text: str) -> str:
     return "\n".join(f"> {line}".rstrip() for line in text.splitlines()) or "> (nothing)"

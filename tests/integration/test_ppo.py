@@ -400,7 +400,7 @@ def test_ended_for_its_health_it_says_why_and_goes_on_when_the_limit_is_raised(
     lines = [line for line in untimed(unhurt) if "ppo/score" in line]
     right = (weights(unhurt), lines, held_out(unhurt), unhurt.metrics)
     unhurt.path.rename(folder / "unhurt")
-    furthest = max(line["kl"] for line in lines)
+    furthest = max(line["ppo/kl"] for line in lines)
     assert furthest > 0
     limits = (f"ppo.health.max_kl={furthest * 0.99}", "ppo.health.patience=1")
     said = refused(capfd, *words, *limits)

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from ftpipe.ppo.layout import Answer
+from ftpipe.sequences import dealt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,10 +85,8 @@ def answers(
         stops: ids of tokens that end an answer.
     """
     size = ppo.generation_batch_size or max(len(prompts), 1)
-    by_length = sorted(range(len(prompts)), key=lambda at: (-len(prompts[at]), at))
     found: dict[int, Answer] = {}
-    for start in range(0, len(by_length), size):
-        chosen = by_length[start : start + size]
+    for chosen in dealt([len(prompt) for prompt in prompts], 0, 1, size):
         numbers_BT = torch.stack([uniforms(keys[at], ppo.max_new_tokens) for at in chosen])
         drawn = _generate(model, [prompts[at] for at in chosen], numbers_BT, ppo, stops, pad)
         for at, tokens in zip(chosen, drawn, strict=True):

@@ -10,11 +10,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ftpipe.modeling import attended
 from ftpipe.ppo.losses import entropies
 
 
@@ -45,9 +45,6 @@ class Batch:
     def answers_BT(self) -> Tensor:
         return self.ids_BL[:, -self.longest :]
 
-    def positions_BL(self) -> Tensor:
-        return (self.attended_BL.cumsum(1) - 1).clamp(min=0)
-
 
 def lay(answers: Sequence[Answer], pad: int, device: torch.device | str = "cpu") -> Batch:
     """Return answers as tensors; ``pad`` may be a learned token: masks tell padding apart."""
@@ -63,23 +60,6 @@ def lay(answers: Sequence[Answer], pad: int, device: torch.device | str = "cpu")
     return Batch(ids_BL.to(device), attended_BL.to(device), mask_BT.to(device), after)
 
 
-def inputs(model: torch.nn.Module, batch: Batch) -> dict[str, Any]:
-    """Return what a model's forward takes of a batch; some have no positions of their own."""
-    given: dict[str, Any] = {
-        "input_ids": batch.ids_BL,
-        "attention_mask": batch.attended_BL,
-        "use_cache": False,
-    }
-    if positioned(model):
-        given["position_ids"] = batch.positions_BL()
-    return given
-
-
-def positioned(model: torch.nn.Module) -> bool:
-    """Say whether a model's forward takes positions."""
-    return "position_ids" in inspect.signature(model.forward).parameters
-
-
 def answer_logits(model: torch.nn.Module, batch: Batch, temperature: float) -> Tensor:
     """Return the logits that the answers' tokens were drawn from, over the temperature: logits_BTV.
 
@@ -90,8 +70,8 @@ def answer_logits(model: torch.nn.Module, batch: Batch, temperature: float) -> T
     Args:
         model: a causal language model.
     """
-    given, forward = inputs(model, batch), model.forward
-    if "logits_to_keep" in inspect.signature(forward).parameters:
+    given = attended(model, batch.ids_BL, batch.attended_BL)
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
         given["logits_to_keep"] = batch.longest + 1
     logits_BKV: Tensor = model(**given).logits
     logits_BTV = logits_BKV[:, -batch.longest - 1 : -1].float()
@@ -120,7 +100,7 @@ def state_values(body: torch.nn.Module, head: torch.nn.Module, batch: Batch) -> 
         body: the model without its output head.
         head: from hidden states to one number, in float32.
     """
-    hidden_BLH = body(**inputs(body, batch)).last_hidden_state
+    hidden_BLH = body(**attended(body, batch.ids_BL, batch.attended_BL)).last_hidden_state
     hidden_BTH = hidden_BLH[:, -batch.longest - 1 : -1]
     with torch.autocast(hidden_BTH.device.type, enabled=False):
         values_BT = head(hidden_BTH.float())[..., 0]

@@ -13,7 +13,7 @@ computes again under whatever adapter is active then, so it must run inside ``ac
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -28,7 +28,6 @@ from ftpipe.errors import ConfigError
 from ftpipe.logs import say
 from ftpipe.policy import POLICY, REFERENCE, Incoming
 from ftpipe.ppo.adapters import Member, SharedBase, reward_members
-from ftpipe.ppo.layout import positioned
 from ftpipe.reward import head as score_head
 from ftpipe.reward import model as reward_model
 
@@ -75,12 +74,9 @@ class Roles:
     head: torch.nn.Linear | None
     rewards: Rewards | None
 
-    def acting(self, role: Role) -> AbstractContextManager[PreTrainedModel]:
-        """Let a model act in a role; backward passes of what it computes belong inside."""
-        return self._acting(role)
-
     @contextmanager
-    def _acting(self, role: Role) -> Iterator[PreTrainedModel]:
+    def acting(self, role: Role) -> Iterator[PreTrainedModel]:
+        """Let a model act in a role; backward passes of what it computes belong inside."""
         if self.shared is None:
             yield self.models[role]
             return
@@ -144,16 +140,9 @@ class SharedRewards:
         """Return rewards_MN: each member's own, normalised on its own, as ``RewardModel`` does."""
         found = []
         body = body_of(self.base.model.get_base_model())
-        last_N = score_head.last_attended(mask_NL)
-        places_N = torch.arange(len(last_N), device=last_N.device)
         for name, head, normalization in zip(self.names, self.heads, self.normalizations, strict=True):
             with torch.no_grad(), self.base.on(name):
-                given: dict[str, Any] = {"input_ids": ids_NL, "attention_mask": mask_NL}
-                if positioned(body):
-                    given["position_ids"] = (mask_NL.cumsum(1) - 1).clamp(min=0)
-                hidden_NLH = body(**given, use_cache=False).last_hidden_state
-                with torch.autocast(hidden_NLH.device.type, enabled=False):
-                    raw_N = head(hidden_NLH[places_N, last_N].float())[:, 0]
+                raw_N = score_head.pooled(body, head, ids_NL, mask_NL)[:, 0]
             found.append(normalization.apply(raw_N))
         return torch.stack(found)
 

@@ -42,7 +42,7 @@ from ftpipe.ppo.layout import (
 )
 from ftpipe.ppo.roles import Role, Roles, body_of
 from ftpipe.ppo.update import Ranks, Updater
-from ftpipe.sequences import Order, upcoming
+from ftpipe.sequences import Order, dealt, upcoming
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -197,11 +197,8 @@ class PpoTrainer:
 
     def judge(self, answers: Sequence[Answer], places: Sequence[int]) -> list[Judged]:
         """Return all ranks' answers with what every role says of them, in the order of their places."""
-        by_length = sorted(
-            range(len(answers)), key=lambda at: -len(answers[at].prompt) - len(answers[at].tokens)
-        )
-        size = self.updater.micro_batch
-        pieces = [by_length[at : at + size] for at in range(0, len(by_length), size)]
+        lengths = [len(one.prompt) + len(one.tokens) for one in answers]
+        pieces = dealt(lengths, 0, 1, self.updater.micro_batch)
         batches = [
             lay([answers[at] for at in piece], self.updater.pad, self.roles.device) for piece in pieces
         ]

@@ -32,6 +32,7 @@ from ftpipe.ppo.layout import (
     state_values,
 )
 from ftpipe.ppo.roles import Role, Roles, body_of
+from ftpipe.sequences import dealt
 
 if TYPE_CHECKING:
     from ftpipe.ppo.experience import Experience
@@ -95,49 +96,46 @@ class Updater:
             HealthError: if the ratio of the first minibatch is not 1, or a gradient is not finite.
         """
         shown: list[dict[str, float]] = []
+        sums: dict[str, float] = {}
         self.roles.train(True)
-        for epoch in range(self.ppo.ppo_epochs):
-            for chosen in self._minibatches(len(found.answers), rollout, epoch):
-                sums = self._gradients(found, chosen)
-                if not shown:
-                    self._check_first(sums)
-                if self.ppo.target_kl is not None and sums["approx_kl"] > self.ppo.target_kl:
-                    self.optimizer.zero_grad()
-                    self.roles.train(False)
-                    return {**_means(shown or [sums]), "updates": len(shown)}
-                if self.ptx is not None:
-                    part = self.ptx(updates + len(shown))
-                    self.ranks.sum([part])
-                    sums["ptx_loss"] = part.item()
-                sums |= self._step(rollout)
-                shown.append(sums)
+        for chosen in self._minibatches(len(found.answers), rollout):
+            sums = self._gradients(found, chosen)
+            if not shown:
+                self._check_first(sums)
+            if self.ppo.target_kl is not None and sums["approx_kl"] > self.ppo.target_kl:
+                self.optimizer.zero_grad()
+                break
+            if self.ptx is not None:
+                part = self.ptx(updates + len(shown))
+                self.ranks.sum([part])
+                sums["ptx_loss"] = part.item()
+            sums |= self._step(rollout)
+            shown.append(sums)
         self.roles.train(False)
-        return {**_means(shown), "updates": len(shown)}
+        return {**_means(shown or [sums]), "updates": len(shown)}
 
-    def _minibatches(self, count: int, rollout: int, epoch: int) -> Iterator[np.ndarray]:
-        """Yield the places of each minibatch's answers, in an order that the seed decides."""
-        key = (self.seed, rollout, epoch, SHUFFLED)
-        order = np.random.default_rng(key).permutation(count)
-        yield from np.array_split(order, self.ppo.minibatches)
+    def _minibatches(self, count: int, rollout: int) -> Iterator[np.ndarray]:
+        """Yield the places of each minibatch's answers, pass after pass, in the seed's orders."""
+        for epoch in range(self.ppo.ppo_epochs):
+            order = np.random.default_rng((self.seed, rollout, epoch, SHUFFLED)).permutation(count)
+            yield from np.array_split(order, self.ppo.minibatches)
 
     def _gradients(self, found: Experience, chosen: np.ndarray) -> dict[str, float]:
         """Add up the gradients of a minibatch on this rank; return its measures over all ranks."""
-        mine = sorted(
-            chosen[self.ranks.rank :: self.ranks.world].tolist(),
-            key=lambda at: (-len(found.answers[at].prompt) - len(found.answers[at].tokens), at),
-        )
-        pieces = [mine[at : at + self.micro_batch] for at in range(0, len(mine), self.micro_batch)]
+        mine = sorted(chosen[self.ranks.rank :: self.ranks.world].tolist())
+        lengths = [len(found.answers[at].prompt) + len(found.answers[at].tokens) for at in mine]
+        dealt_out = dealt(lengths, 0, 1, self.micro_batch)
+        pieces = [self._piece(found, [mine[at] for at in some]) for some in dealt_out]
         device, how = self.roles.device, self.ppo.weighting
         total = losses.weight(found.learned_BT[torch.from_numpy(chosen)], how).to(device)
         sums: dict[str, Tensor] = {}
         with self.roles.acting(Role.policy) as model:
-            for rows in pieces:
-                part = self._policy(model, self._piece(found, rows), total, found.kl_weight)
-                _add(sums, part)
+            for piece in pieces:
+                _add(sums, self._policy(model, piece, total, found.kl_weight))
         if self.roles.head is not None:
             with self.roles.acting(Role.value) as model:
-                for rows in pieces:
-                    _add(sums, self._value(model, self._piece(found, rows), total))
+                for piece in pieces:
+                    _add(sums, self._value(model, piece, total))
         names = sorted(MEASURES if self.roles.head is not None else POLICY_MEASURES)
         whole = torch.stack(
             [sums.get(name, torch.zeros((), device=device)).detach().float() for name in names]

@@ -5,7 +5,6 @@ Shapes: N replies, L tokens of the longest, H hidden.
 
 from __future__ import annotations
 
-import inspect
 import math
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
+from ftpipe import modeling
 from ftpipe.errors import ModelError
 from ftpipe.modeling import SCORE_HEADS
 
@@ -77,28 +77,36 @@ def pool_by_mask(model: PreTrainedModel) -> None:
         ModelError: if transformers' own forward scores an unpadded row in another way.
     """
     name = name_of(model)
-    known = inspect.signature(model.base_model.forward).parameters
-    positioned = "position_ids" in known
 
     def forward(
         self: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
     ) -> SequenceClassifierOutputWithPast:
         mask_NL = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        if positioned:
-            options["position_ids"] = (mask_NL.cumsum(1) - 1).clamp(min=0)
-        options["use_cache"] = False
-        hidden_NLH = self.base_model(
-            input_ids=input_ids, attention_mask=mask_NL, **options
-        ).last_hidden_state
-        last_N = last_attended(mask_NL)
-        hidden_NH = hidden_NLH[torch.arange(len(last_N), device=last_N.device), last_N]
-        with torch.autocast(hidden_NH.device.type, enabled=False):
-            # looked up at each call: PEFT puts the trained copy in its place
-            score_N1 = getattr(self, name)(hidden_NH.float())
+        # the head is looked up at each call: PEFT puts the trained copy in its place
+        score_N1 = pooled(self.base_model, getattr(self, name), input_ids, mask_NL, **options)
         return SequenceClassifierOutputWithPast(logits=score_N1)
 
     _check_layout(model, MethodType(forward, model))
     model.forward = MethodType(forward, model)
+
+
+def pooled(
+    body: torch.nn.Module, head: torch.nn.Module, ids_NL: Tensor, mask_NL: Tensor, **options: Any
+) -> Tensor:
+    """Return the head's score at each row's last attended token, in float32: score_N1.
+
+    Args:
+        body: the model without its head.
+        mask_NL: 1 on what is no padding.
+        options: more of what the body's forward takes.
+    """
+    given = options | modeling.attended(body, ids_NL, mask_NL)
+    hidden_NLH = body(**given).last_hidden_state
+    last_N = last_attended(mask_NL)
+    hidden_NH = hidden_NLH[torch.arange(len(last_N), device=last_N.device), last_N]
+    with torch.autocast(hidden_NH.device.type, enabled=False):
+        score_N1: Tensor = head(hidden_NH.float())
+    return score_N1
 
 
 def last_attended(mask_NL: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from ftpipe.ppo.roles import Role, Roles, load
 from ftpipe.ppo.trainer import PpoTrainer, held_out
 from ftpipe.ppo.update import Ranks, Updater
 from ftpipe.reward import gate
-from ftpipe.sampling import quote
+from ftpipe.sampling import markdown
 from ftpipe.sequences import Order
 from ftpipe.tracking import Tracker
 from ftpipe.trainer_callbacks import in_words
@@ -303,12 +303,12 @@ class Shown:
             json.loads(self._answers(number).read_text(encoding="utf-8"))["answers"]
             for number in (0, steps)
         )
-        parts = ["# Answers to held-out prompts\n"]
-        for old, new in list(zip(before, after, strict=True))[: self.cfg.ppo.samples]:
-            shown = {
+        shown = [
+            {
                 "Prompt": old["prompt"],
                 f"Before (score {old['score']:.3f})": old["answer"],
                 f"After (score {new['score']:.3f})": new["answer"],
             }
-            parts += [f"## {title}\n\n{quote(text)}\n" for title, text in shown.items()]
-        write_atomic(self.out / "samples.md", "\n".join(parts))
+            for old, new in list(zip(before, after, strict=True))[: self.cfg.ppo.samples]
+        ]
+        write_atomic(self.out / "samples.md", markdown(shown))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ftpipe.modeling import attended
 from ftpipe.ppo.layout import Answer, answer_logits, chosen_logps, lay, padded, state_values
 from ftpipe.ppo.roles import body_of
 from tests.unit.ppo.tiny import KINDS, PAD, WORDS, answers, model, plain_logits, plain_values
@@ -28,7 +29,7 @@ def test_prompts_end_and_answers_begin_in_one_column() -> None:
     assert torch.equal(batch.answers_BT, tensor([6, 7, 3], [3, 3, 3]))
     assert torch.equal(batch.mask_BT, tensor([1, 1, 1], [1, 0, 0]).bool())
     # what is attended is counted from 0; the rest may have any position that there is
-    positions_BL = batch.positions_BL()
+    positions_BL = attended(model(), batch.ids_BL, batch.attended_BL)["position_ids"]
     assert positions_BL[0, 2:].tolist() == [0, 1, 2, 3, 4]
     assert positions_BL[1, :5].tolist() == [0, 1, 2, 3, 4]
     assert int(positions_BL.min()) >= 0 and int(positions_BL.max()) < 7
@@ -144,7 +145,7 @@ def test_the_head_of_the_values_computes_in_float32() -> None:
         given = {
             "input_ids": batch.ids_BL,
             "attention_mask": batch.attended_BL,
-            "position_ids": batch.positions_BL(),
+            "position_ids": (batch.attended_BL.cumsum(1) - 1).clamp(min=0),
         }
         hidden_BLH = body(**given).last_hidden_state
     assert values_BT.dtype == torch.float32
