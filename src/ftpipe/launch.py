@@ -11,7 +11,7 @@ from pathlib import Path
 from subprocess import Popen
 from typing import Any
 
-from ftpipe import artifacts, pipeline, provenance
+from ftpipe import artifacts, launch_settings, pipeline, provenance
 from ftpipe.artifacts import Artifact
 from ftpipe.choices import Device, Precision
 from ftpipe.config import RunConfig
@@ -171,7 +171,7 @@ def launch_command(cfg: RunConfig, processes: int, settings: Path, job: Path) ->
     The file keeps a default configuration in the user's home from changing the launch.
     """
     launch = cfg.launch
-    lines = {
+    lines: dict[str, Any] = {
         "compute_environment": "LOCAL_MACHINE",
         # with a CPU, MULTI_GPU is what starts ranks that find each other through gloo
         "distributed_type": "MULTI_GPU" if processes > 1 else "'NO'",
@@ -182,7 +182,9 @@ def launch_command(cfg: RunConfig, processes: int, settings: Path, job: Path) ->
         "main_process_port": 0,
         "main_training_function": "main",
     }
-    artifacts.write_atomic(settings, "".join(f"{key}: {value}\n" for key, value in lines.items()))
+    lines |= launch_settings.shared_out(cfg, processes, settings.parent)
+    told = {key: value for key, value in lines.items() if value is not None}  # YAML takes dicts as printed
+    artifacts.write_atomic(settings, "".join(f"{key}: {value}\n" for key, value in told.items()))
     return [
         *(sys.executable, "-m", "accelerate.commands.launch"),
         *("--config_file", str(settings), "--quiet"),

@@ -99,6 +99,18 @@ class Report(TrainerCallback):
             )
 
 
+class Beginning(TrainerCallback):
+    """Calls something when a Trainer has its model ready, before the first step."""
+
+    def __init__(self, first: Callable[[], object]) -> None:
+        self._first = first
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._first()
+
+
 def in_words(measured: Mapping[str, float]) -> str:
     """Return the first few measures as part of a line: ``held-out loss 1.2345``."""
     return "  ".join(

@@ -86,9 +86,12 @@ def run(cfg: RunConfig, inputs: Mapping[str, Artifact], out: Path) -> dict[str, 
     prompts = asked(validation.rows, use, cfg.dpo.samples)
     answers = Answers(model, tokenizer, prompts, cfg.dpo.sample_tokens)
     checkpoint = checkpoints.last_checkpoint(out / checkpoints.CHECKPOINTS)
-    if checkpoint is None and cfg.dpo.loss not in REFERENCE_FREE:
-        check_reference(trainer, train)
-    before = _before(out, checkpoint is not None, held_out, answers)
+    before: dict[str, Any] = {}
+
+    def first() -> None:
+        if checkpoint is None and cfg.dpo.loss not in REFERENCE_FREE:
+            check_reference(trainer, train)
+        before.update(_before(out, checkpoint is not None, held_out, answers))
 
     with ExitStack() as stack:
         tracker = None
@@ -96,7 +99,7 @@ def run(cfg: RunConfig, inputs: Mapping[str, Artifact], out: Path) -> dict[str, 
             done = checkpoints.step_of(checkpoint) if checkpoint else 0
             tracker = stack.enter_context(Tracker(cfg, "dpo", out, done))
         trainer.add_callback(Report(tracker, held_out, cfg.dpo.eval_every, lambda: trainer.tokens_seen))
-        metrics = training.train(trainer, checkpoint)
+        metrics = training.train(trainer, checkpoint, first)
         if held_out is not None:
             metrics |= {f"{name}_before": value for name, value in before["held_out"].items()}
             metrics |= held_out.measure()
@@ -104,8 +107,9 @@ def run(cfg: RunConfig, inputs: Mapping[str, Artifact], out: Path) -> dict[str, 
             tracker.summary(metrics)
     trainer.accelerator.wait_for_everyone()  # a rank may still be writing its part of a checkpoint
     trainer.save_model(str(out))
+    after = answers.give()
     if trainer.is_world_process_zero():
-        answers.write(out / "samples.md", before["answers"])
+        answers.write(out / "samples.md", before["answers"], after)
         checkpoints.tidy(out)
     return metrics
 

@@ -195,9 +195,14 @@ def _member(
     validation = found.held_out[Part.validation]
     held_out = HeldOut(scorer, validation) if len(pairs_of(validation)) else None
     checkpoint = checkpoints.last_checkpoint(folder / checkpoints.CHECKPOINTS)
-    metrics = _before(folder, checkpoint is not None, held_out)
+    metrics: dict[str, Any] = {}
+
+    def first() -> None:
+        metrics.update(_before(folder, checkpoint is not None, held_out))
+
     trainer.add_callback(Report(tracker, held_out, cfg.reward.eval_every, lambda: trainer.tokens_seen))
-    metrics |= training.train(trainer, checkpoint)
+    found_metrics = training.train(trainer, checkpoint, first)
+    metrics |= found_metrics
     trainer.accelerator.wait_for_everyone()  # a rank may still be writing its part of a checkpoint
     trainer.save_model(str(folder))
     raw = {str(part): scorer.score(of_groups(rows)) for part, rows in found.held_out.items()}
