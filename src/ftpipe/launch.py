@@ -204,7 +204,9 @@ def environment(cfg: RunConfig, processes: int) -> dict[str, str]:
         DRIVER: os.getpid(),
     }
     if cfg.launch.device is Device.cpu:
-        fixed |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu"}
+        fixed |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+        if processes == 1 or cfg.launch.strategy not in launch_settings.STAGES:
+            fixed["ACCELERATE_USE_CPU"] = "true"  # accelerate leaves DeepSpeed out where it reads this
     else:  # one a rank: a process that sees several would spread one batch over them (DataParallel)
         fixed["CUDA_VISIBLE_DEVICES"] = ",".join(visible_gpus()[:processes])
     return {**os.environ, **{key: str(value) for key, value in fixed.items()}}

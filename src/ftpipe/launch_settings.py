@@ -30,18 +30,8 @@ def shared_out(cfg: RunConfig, processes: int, folder: Path) -> dict[str, Any]:
         keys and values; None where a key must be missing.
     """
     launch, strategy = cfg.launch, cfg.launch.strategy
-    if processes == 1 or strategy is Strategy.ddp:
+    if processes == 1 or strategy not in STAGES:  # sharding.py shards by FSDP2, on top of plain ranks
         return {}
-    if strategy is Strategy.fsdp:
-        settings = {
-            "fsdp_version": 2,
-            "fsdp_auto_wrap_policy": "NO_WRAP",  # sharding.py wraps the layers
-            "fsdp_cpu_ram_efficient_loading": False,
-            "fsdp_offload_params": launch.sharding.offload_parameters is Offload.cpu,
-            "fsdp_reshard_after_forward": launch.sharding.reshard,
-            "fsdp_state_dict_type": "SHARDED_STATE_DICT",
-        }
-        return {"distributed_type": "FSDP", "fsdp_config": settings}
     file = folder / DEEPSPEED
     write_atomic(file, json.dumps(deepspeed(cfg), indent=1) + "\n")
     settings = {

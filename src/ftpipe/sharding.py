@@ -9,21 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ftpipe.choices import Offload, Strategy
 from ftpipe.modeling import SCORE_HEADS
 
 if TYPE_CHECKING:
-    from accelerate.utils import FullyShardedDataParallelPlugin
+    from ftpipe.config import ShardingConfig
 
 
-def fully_shard(
-    model: nn.Module, plugin: FullyShardedDataParallelPlugin, compute: torch.dtype | None
-) -> None:
+def fully_shard(model: nn.Module, sharding: ShardingConfig, compute: torch.dtype | None) -> None:
     """Share out a model's weights by FSDP2, in place: each repeated layer is a group, the rest is one.
 
     Embeddings, last norm and output head stay gathered from the forward pass to the backward pass. TRL's
@@ -31,24 +31,24 @@ def fully_shard(
     in pieces, and its gradient would be that of one rank alone.
 
     Args:
-        plugin: accelerate's, with what the run's settings say.
         compute: dtype of weights while they are gathered; None: their own. Gradients are summed in float32.
     """
-    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+    from torch.distributed import fsdp
 
-    if isinstance(model, FSDPModule):
-        return
-    options: dict[str, Any] = {"offload_policy": plugin.cpu_offload}
-    mixed = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
-    whole = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    host = fsdp.CPUOffloadPolicy() if sharding.offload_parameters is Offload.cpu else fsdp.OffloadPolicy()
+    options: dict[str, Any] = {"offload_policy": host}
+    mixed = fsdp.MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    whole = fsdp.MixedPrecisionPolicy(reduce_dtype=torch.float32)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and any(part in SCORE_HEADS for part in name.split(".")):
-            fully_shard(module, mp_policy=whole, **options)  # a score is computed in float32
+            fsdp.fully_shard(module, mp_policy=whole, **options)  # a score is computed in float32
     for layer in layers(model):
-        fully_shard(
-            layer, mp_policy=mixed, reshard_after_forward=plugin.reshard_after_forward, **options
-        )
-    fully_shard(model, mp_policy=mixed, reshard_after_forward=False, **options)
+        fsdp.fully_shard(layer, mp_policy=mixed, reshard_after_forward=sharding.reshard, **options)
+    fsdp.fully_shard(model, mp_policy=mixed, reshard_after_forward=False, **options)
+    if hasattr(model, "generate"):
+        fsdp.register_fsdp_forward_method(model, "generate")
+    for part in (model, getattr(model, "get_base_model", lambda: model)()):
+        part._is_fsdp_managed_module = True  # then transformers' generation keeps ranks in step
 
 
 def layers(model: nn.Module) -> list[nn.Module]:
@@ -107,3 +107,55 @@ def in_step(batches: Sequence[list[int]], most: int) -> Iterator[tuple[list[int]
     """
     for at in range(most):
         yield (batches[at], True) if at < len(batches) else ([0], False)
+
+
+def found(model: nn.Module) -> Strategy | None:
+    """Return how a model was prepared for several ranks, as it shows; None: not at all.
+
+    accelerate leaves a strategy out without a word where it thinks that it does not fit the machine.
+    """
+    from torch.distributed.fsdp import FSDPModule
+    from torch.nn.parallel import DistributedDataParallel
+
+    if isinstance(model, FSDPModule):
+        return Strategy.fsdp
+    if isinstance(model, DistributedDataParallel):
+        return Strategy.ddp
+    stage = getattr(model, "zero_optimization_stage", None)
+    return {1: Strategy.zero1, 2: Strategy.zero2, 3: Strategy.zero3}[stage()] if stage else None
+
+
+def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Write what FSDP2's ranks hold of the trained weights and the optimiser's state, each its own part.
+
+    Any number of ranks can read it. Call on all ranks.
+    """
+    from torch.distributed import checkpoint as dcp
+
+    dcp.save(_state(model, optimizer), checkpoint_id=str(folder))
+
+
+def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Read what ``save`` wrote, each rank its own part. Call on all ranks."""
+    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint import state_dict as states
+
+    held = _state(model, optimizer)
+    dcp.load(held, checkpoint_id=str(folder))
+    options = states.StateDictOptions(ignore_frozen_params=True, strict=False)
+    states.set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=held["model"],
+        optim_state_dict=held["optimizer"],
+        options=options,
+    )
+
+
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    from torch.distributed.checkpoint import state_dict as states
+
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    options = states.StateDictOptions(ignore_frozen_params=True)
+    weights, held = states.get_state_dict(model, inner, options=options)
+    return {"model": weights, "optimizer": held}

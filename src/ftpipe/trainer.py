@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import os
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Trainer
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from trl import SFTTrainer
 
 from ftpipe import sharding
+from ftpipe.choices import Precision, Strategy
+from ftpipe.launch_settings import STAGES
 
 if TYPE_CHECKING:
+    from ftpipe.config import LaunchConfig
     from ftpipe.sequences import Order
+
+SHARDS = "shards"  # in a checkpoint: what FSDP2's ranks hold
 
 
 class Ordered(Trainer):
@@ -28,8 +36,10 @@ class Ordered(Trainer):
         tokens_seen: so far by all ranks, without padding; whoever computes the loss counts them.
     """
 
-    def __init__(self, order: Order, **options: Any) -> None:
+    def __init__(self, order: Order, launch: LaunchConfig, **options: Any) -> None:
         self._order = order
+        self._launch = launch
+        self.strategy = training_strategy(launch)
         self.tokens_seen = 0
         super().__init__(**options)
 
@@ -43,22 +53,32 @@ class Ordered(Trainer):
     @property
     def shares_out(self) -> bool:
         """Say whether ranks share out weights, gradients or optimiser states."""
-        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        return self.strategy is not Strategy.ddp
+
+    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
+        if not self.shares_out:  # else it goes there in shards
+            super()._move_model_to_device(model, device)  # type: ignore[no-untyped-call]
 
     def _prepare_for_training(self, *given: Any, **options: Any) -> Any:
-        if self.is_fsdp_enabled:
+        if self.strategy is Strategy.fsdp:
             compute = torch.bfloat16 if self.args.bf16 else None
-            sharding.fully_shard(self.model, self.accelerator.state.fsdp_plugin, compute)
-        return super()._prepare_for_training(*given, **options)  # type: ignore[no-untyped-call]
+            sharding.fully_shard(self.model, self._launch.sharding, compute)
+            # the Trainer then leaves a model alone that brings its own placement and reduction
+            self.is_distributed_loading_by_transformers = True
+        prepared = super()._prepare_for_training(*given, **options)  # type: ignore[no-untyped-call]
+        found = sharding.found(self.model_wrapped)
+        assert self.args.world_size == 1 or found is self.strategy, f"{found}, not {self.strategy}"
+        return prepared
+
+    def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[None]:
+        """Share out the gradients of each micro-batch: to keep them would take memory for all of them."""
+        return nullcontext()
 
     def compute_loss_context_manager(self) -> ExitStack:
         """Enter DeepSpeed's autocast too where the model is called without its engine."""
         stack = super().compute_loss_context_manager()
-        if self.is_deepspeed_enabled:
-            stated = self.accelerator.state.deepspeed_plugin.deepspeed_config.get("torch_autocast")
-            if stated:
-                dtype = getattr(torch, stated["dtype"])
-                stack.enter_context(torch.autocast(self.args.device.type, dtype))
+        if self.strategy in STAGES and self._launch.precision is Precision.bf16:
+            stack.enter_context(torch.autocast(self.args.device.type, torch.bfloat16))
         return stack
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -66,7 +86,33 @@ class Ordered(Trainer):
         if not self.shares_out:
             super().save_model(output_dir, _internal_call)  # type: ignore[no-untyped-call]
         elif not _internal_call:
-            self._save(output_dir, sharding.whole(self.model))  # type: ignore[no-untyped-call]
+            state = sharding.whole(self.model)
+            if self.args.should_save:
+                self._save(output_dir, state)  # type: ignore[no-untyped-call]
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[no-untyped-call]
+        if self.strategy is Strategy.fsdp:
+            Path(output_dir, OPTIMIZER_NAME).unlink(missing_ok=True)
+            sharding.save(Path(output_dir) / SHARDS, self.model, self.optimizer)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.strategy is not Strategy.fsdp:  # its shards are read when the model is in shards
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[no-untyped-call]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.strategy is Strategy.fsdp:
+            sharding.load(Path(checkpoint) / SHARDS, self.model, self.optimizer)
+            held = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
+            self.lr_scheduler.load_state_dict(held)
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[no-untyped-call]
+
+
+def training_strategy(launch: LaunchConfig) -> Strategy:
+    """Return how this process shares out its training: alone it shares out nothing."""
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    return Strategy.ddp if alone else launch.strategy
 
 
 class DemonstrationTrainer(Ordered, SFTTrainer):
@@ -77,8 +123,8 @@ class DemonstrationTrainer(Ordered, SFTTrainer):
     2. Tokens seen are those of rows, without padding.
     """
 
-    def __init__(self, order: Order, **options: Any) -> None:
-        super().__init__(order, **options)
+    def __init__(self, order: Order, launch: LaunchConfig, **options: Any) -> None:
+        super().__init__(order, launch, **options)
         self.model_accepts_loss_kwargs = True
 
     def compute_loss(

@@ -165,6 +165,7 @@ def make_trainer(
     units = train.units(cfg.dpo.batch_size)
     trainer = PreferenceTrainer(
         order=Order(units["length"][:], cfg.seed, training.grouping(cfg.dpo)),
+        launch=cfg.launch,
         dpo=cfg.dpo,
         reference=None,
         model=loaded.model,

@@ -220,6 +220,7 @@ def make_trainer(cfg: RunConfig, found: Inputs, seed: int, folder: Path) -> Rewa
     fed = sequences(found.train, None, reward.batch_size)
     trainer = RewardTrainer(
         order=Order(fed["length"][:], seed, training.grouping(reward)),
+        launch=cfg.launch,
         l2=reward.l2,
         center=reward.center,
         model=model.make(cfg, found.start, found.tokenizer, seed),

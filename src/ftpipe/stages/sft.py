@@ -125,6 +125,7 @@ def make_trainer(
     revision = None if base else cfg.model.revision
     trainer = DemonstrationTrainer(
         order=Order(fed["length"][:], cfg.seed, training.grouping(cfg.sft)),
+        launch=cfg.launch,
         model=model,
         args=arguments(cfg, out),
         data_collator=Collate(rows, pad, Layout.padded),
