@@ -65,6 +65,7 @@ def whole(model: nn.Module) -> dict[str, Tensor]:
     """
     adapted = hasattr(model, "peft_config")
     first = dist.get_rank() == 0
+    lasting = list(model.state_dict())  # on all ranks: FSDP2 frees here what it still holds gathered
     kept: dict[int, Tensor] = {}
     state = {}
     for name, weight in model.named_parameters(remove_duplicate=False):
@@ -76,9 +77,8 @@ def whole(model: nn.Module) -> dict[str, Tensor]:
         state[name] = kept[id(weight)]
     if not first:
         return {}
-    lasting = {name for name in model.state_dict() if name not in state}
-    buffers = {name: tensor.cpu() for name, tensor in model.named_buffers() if name in lasting}
-    return state | ({} if adapted else buffers)
+    buffers = {} if adapted else dict(model.named_buffers())
+    return state | {name: tensor.cpu() for name, tensor in buffers.items() if name in lasting}
 
 
 @contextmanager
