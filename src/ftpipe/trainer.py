@@ -12,9 +12,8 @@ from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from trl import SFTTrainer
 
-from ftpipe import sharding
+from ftpipe import modeling, sharding
 from ftpipe.choices import Precision, Strategy
-from ftpipe.launch_settings import STAGES
 
 if TYPE_CHECKING:
     from ftpipe.config import LaunchConfig
@@ -55,14 +54,19 @@ class Ordered(Trainer):
         """Say whether ranks share out weights, gradients or optimiser states."""
         return self.strategy is not Strategy.ddp
 
+    @property
+    def compute(self) -> torch.dtype | None:
+        """Return the dtype that products are computed in; None: that of the weights."""
+        precision = self._launch.precision
+        return None if precision is Precision.fp32 else modeling.TORCH[precision]
+
     def _move_model_to_device(self, model: Any, device: torch.device) -> None:
         if not self.shares_out:  # else it goes there in shards
             super()._move_model_to_device(model, device)  # type: ignore[no-untyped-call]
 
     def _prepare_for_training(self, *given: Any, **options: Any) -> Any:
         if self.strategy is Strategy.fsdp:
-            compute = torch.bfloat16 if self.args.bf16 else None
-            sharding.fully_shard(self.model, self._launch.sharding, compute)
+            sharding.fully_shard(self.model, self._launch.sharding, self.compute)
             # the Trainer then leaves a model alone that brings its own placement and reduction
             self.is_distributed_loading_by_transformers = True
         prepared = super()._prepare_for_training(*given, **options)  # type: ignore[no-untyped-call]
@@ -75,10 +79,10 @@ class Ordered(Trainer):
         return nullcontext()
 
     def compute_loss_context_manager(self) -> ExitStack:
-        """Enter DeepSpeed's autocast too where the model is called without its engine."""
+        """Compute in the run's precision whatever is called: a reference, or a model without its wrapper."""
         stack = super().compute_loss_context_manager()
-        if self.strategy in STAGES and self._launch.precision is Precision.bf16:
-            stack.enter_context(torch.autocast(self.args.device.type, torch.bfloat16))
+        if self.compute is not None:
+            stack.enter_context(torch.autocast(self.args.device.type, self.compute))
         return stack
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

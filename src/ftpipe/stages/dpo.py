@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoTokenizer, PrinterCallback, TrainingArguments, set_seed
 
-from ftpipe import checkpoints, modeling, policy, training
+from ftpipe import checkpoints, modeling, policy, sharding, training
 from ftpipe.artifacts import Artifact
-from ftpipe.choices import Method, Part, PreferenceLoss, Use
+from ftpipe.choices import Method, Part, PreferenceLoss, Strategy, Use
 from ftpipe.config import RunConfig
 from ftpipe.data import table
 from ftpipe.errors import ModelError
@@ -183,7 +183,11 @@ def make_trainer(
         trainer.reference = logps.adapter_reference(adapted, autocast)
     elif loaded.frozen is not None:
         frozen: torch.nn.Module = loaded.frozen
-        trainer.reference = logps.model_reference(frozen.to(trainer.args.device), autocast)
+        if trainer.strategy is Strategy.fsdp:
+            sharding.fully_shard(frozen, cfg.launch.sharding, trainer.compute)
+        else:
+            frozen.to(trainer.args.device)
+        trainer.reference = logps.model_reference(frozen, autocast)
     return trainer, loaded.model
 
 
