@@ -11,7 +11,7 @@ import torch
 
 from ftpipe import launch_settings
 from ftpipe.checkpoints import CHECKPOINTS, tokens_seen
-from ftpipe.choices import Device, Optimizer, Precision
+from ftpipe.choices import Device, Optimizer, Precision, Strategy
 from ftpipe.errors import ConfigError
 from ftpipe.logs import on_terminal, say
 from ftpipe.trainer_callbacks import Beginning
@@ -70,6 +70,7 @@ def arguments(training: TrainingConfig, launch: LaunchConfig, seed: int, out: Pa
         "fp16": launch.precision is Precision.fp16,
         "tf32": launch.tf32 if on_gpu else None,
         "gradient_checkpointing": training.gradient_checkpointing,
+        "activation_checkpointing_kwargs": checkpointing(launch),
         # what is shown and kept
         "logging_steps": training.log_every,
         "logging_first_step": True,
@@ -81,6 +82,16 @@ def arguments(training: TrainingConfig, launch: LaunchConfig, seed: int, out: Pa
         "save_steps": training.save_every or 1,
         "save_total_limit": training.keep_checkpoints,
     }
+
+
+def checkpointing(launch: LaunchConfig) -> dict[str, bool]:
+    """Return how activations are computed again in the backward pass, and where their inputs lie meanwhile.
+
+    Under ZeRO-3 by PyTorch's older way, which computes a layer again as a whole: the newer one compares
+    saved tensors with those of frozen weights that are gone by then (github.com/huggingface/trl/issues/2514).
+    """
+    older = launch.strategy is Strategy.zero3
+    return {"use_reentrant": older, "offload": launch.offload_activations}
 
 
 def check_positions(model: PreTrainedModel, longest: int) -> None:

@@ -197,7 +197,7 @@ def _shared(
     modeling.no_dropout(model)
     if cfg.ppo.gradient_checkpointing:
         model.enable_input_require_grads()
-        base.activation_checkpointing_enable({"use_reentrant": False})
+        _checkpoint(cfg, base)
     model.set_adapter(POLICY)
     shared.flag()
     if cfg.adapter.method is not Method.qlora:  # 4 bits lie where they were loaded
@@ -211,6 +211,11 @@ def _shared(
         rewards = _own_reward(cfg, rewarded, tokenizer, device)
     whole = cast("PreTrainedModel", model.get_base_model())
     return Roles(shared, dict.fromkeys(Role, whole), head, rewards)
+
+
+def _checkpoint(cfg: RunConfig, model: PreTrainedModel) -> None:
+    kept = cfg.launch.offload_activations
+    model.activation_checkpointing_enable({"use_reentrant": False}, offload=kept)
 
 
 def _value_adapter(
@@ -251,7 +256,7 @@ def _separate(
         modeling.no_dropout(model)
         model.to(device).eval()  # type: ignore[arg-type]
         if cfg.ppo.gradient_checkpointing and role is not Role.reference:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            _checkpoint(cfg, model)
     rewards = _own_reward(cfg, rewarded, tokenizer, device) if rewarded is not None else None
     return Roles(None, models, None if head is None else head.to(device), rewards)
 
