@@ -1,6 +1,6 @@
 """What does not go together: a row for each combination that is refused, before anything is loaded.
 
-Each sentence says why and what to set. What is not here was tried, on two ranks, or concerns no strategy.
+Each sentence says why and what to set. What is not here was tried on two ranks.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ REFUSED = (
     Refusal(
         ("launch.strategy", "adapter.method"),
         lambda cfg, _: _by(Strategy.fsdp)(cfg) and cfg.adapter.method is Method.qlora,
-        "FSDP2 shares out floating-point weights, and 4-bit ones are stored as bytes (stored as bfloat16 "
+        "FSDP2 shares out floating-point weights, and 4-bit ones are stored as bytes (as bfloat16 "
         "they lose their scales when they are gathered); set launch.strategy=zero2 or ddp (a 4-bit base "
         "is small), or adapter.method=lora",
     ),
@@ -122,14 +122,15 @@ REFUSED = (
     Refusal(
         ("launch.strategy", "STAGE.optimizer"),
         lambda cfg, name: _by(Strategy.fsdp)(cfg) and training(cfg, name).optimizer in BYTES,
-        "the kernels of bitsandbytes do not take FSDP2's shards; set STAGE.optimizer=adamw, whose states "
-        "are shared out",
+        "the kernels of bitsandbytes do not take FSDP2's shards; set STAGE.optimizer=adamw, whose "
+        "states are shared out",
     ),
     Refusal(
         ("launch.strategy", "STAGE.optimizer"),
         lambda cfg, name: _by(*ZERO)(cfg) and training(cfg, name).optimizer in BYTES,
-        "ZeRO gives the optimiser flat pieces of all weights, so blocks of 8 bits would be cut elsewhere "
-        "on every number of ranks, and embeddings lose their 32-bit states; set STAGE.optimizer=adamw, "
+        "ZeRO gives the optimiser flat pieces of all weights, so blocks of 8 bits would be cut "
+        "elsewhere on every number of ranks, and embeddings lose their 32-bit states; set "
+        "STAGE.optimizer=adamw, "
         "whose states are shared out",
     ),
     Refusal(
@@ -142,34 +143,48 @@ REFUSED = (
     Refusal(
         ("launch.strategy", "model.dtype", "adapter.dtype"),
         lambda cfg, _: _by(*ZERO)(cfg) and not _trained_dtypes(cfg),
-        "DeepSpeed trains a float32 copy of weights that are stored in 16 bits, which is another training "
-        "than without it; set the dtype of what is trained (model.dtype with adapter.method=full, else "
+        "DeepSpeed trains a float32 copy of weights that are stored in 16 bits, which is another "
+        "training than without it; set the dtype of what is trained (model.dtype with "
+        "adapter.method=full, else "
         "adapter.dtype) to float32, or launch.strategy=fsdp",
     ),
     # --- offload ---
     Refusal(
         ("launch.strategy", "launch.sharding.offload_optimizer"),
-        lambda cfg, _: not _by(*ZERO)(cfg)
-        and cfg.launch.sharding.offload_optimizer is not Offload.none,
+        lambda cfg, _: not _by(*ZERO)(cfg) and cfg.launch.sharding.offload_optimizer is not Offload.none,
         "only ZeRO offloads optimiser states by themselves; set launch.strategy=zero2 or zero3, or "
         "launch.sharding.offload_parameters=cpu with launch.strategy=fsdp",
     ),
     Refusal(
         ("launch.strategy", "launch.sharding.offload_parameters"),
-        lambda cfg, _: _by(Strategy.ddp, Strategy.zero1, Strategy.zero2)(cfg)
-        and cfg.launch.sharding.offload_parameters is not Offload.none,
+        lambda cfg, _: (
+            _by(Strategy.ddp, Strategy.zero1, Strategy.zero2)(cfg)
+            and cfg.launch.sharding.offload_parameters is not Offload.none
+        ),
         "every rank holds all weights under this strategy; set launch.strategy=zero3 or fsdp",
     ),
     Refusal(
         ("launch.strategy", "launch.sharding.offload_parameters"),
-        lambda cfg, _: _by(Strategy.fsdp)(cfg)
-        and cfg.launch.sharding.offload_parameters is Offload.nvme,
+        lambda cfg, _: (
+            _by(Strategy.fsdp)(cfg) and cfg.launch.sharding.offload_parameters is Offload.nvme
+        ),
         "FSDP2 offloads to host memory alone; set it to cpu, or launch.strategy=zero3",
     ),
     Refusal(
+        ("launch.strategy", "launch.sharding.offload_parameters", "launch.device"),
+        lambda cfg, _: (
+            _by(Strategy.fsdp)(cfg)
+            and cfg.launch.sharding.offload_parameters is Offload.cpu
+            and cfg.launch.device is Device.cpu
+        ),
+        "weights are in host memory already; set launch.sharding.offload_parameters=none",
+    ),
+    Refusal(
         ("launch.strategy", "launch.sharding.offload_optimizer"),
-        lambda cfg, _: _by(Strategy.zero1, Strategy.zero2)(cfg)
-        and cfg.launch.sharding.offload_optimizer is Offload.nvme,
+        lambda cfg, _: (
+            _by(Strategy.zero1, Strategy.zero2)(cfg)
+            and cfg.launch.sharding.offload_optimizer is Offload.nvme
+        ),
         "DeepSpeed offloads to a disk with ZeRO-3 alone (arXiv:2104.07857); set it to cpu, or "
         "launch.strategy=zero3",
     ),
@@ -181,13 +196,17 @@ REFUSED = (
     Refusal(
         ("launch.sharding.nvme",),
         lambda cfg, _: _on_disk(cfg) and not _aio(),
-        "DeepSpeed compiles what reads and writes a disk beside the training, and libaio, g++ or ninja is "
-        "missing here; install them (libaio-dev, g++, ninja-build), or offload to cpu",
+        "DeepSpeed compiles what reads and writes a disk beside the training, and libaio, g++ or ninja "
+        "is missing here; install them (libaio-dev, g++, ninja-build), or offload to cpu",
     ),
     Refusal(
         ("launch.offload_activations",),
-        lambda cfg, _: cfg.launch.offload_activations
-        and not any(training(cfg, name).gradient_checkpointing for name in TRAIN if name in cfg.stages),
+        lambda cfg, _: (
+            cfg.launch.offload_activations
+            and not any(
+                training(cfg, name).gradient_checkpointing for name in TRAIN if name in cfg.stages
+            )
+        ),
         "what is offloaded is what gradient checkpointing keeps, and no stage of this run does it; set "
         "STAGE.gradient_checkpointing=true, or launch.offload_activations=false",
     ),
@@ -199,19 +218,23 @@ REFUSED = (
     # --- adapters ---
     Refusal(
         ("launch.strategy", "adapter.method", "model.new_tokens"),
-        lambda cfg, _: _by(Strategy.zero3, Strategy.fsdp)(cfg)
-        and cfg.adapter.method is not Method.full
-        and bool(cfg.model.new_tokens),
+        lambda cfg, _: (
+            _by(Strategy.zero3, Strategy.fsdp)(cfg)
+            and cfg.adapter.method is not Method.full
+            and bool(cfg.model.new_tokens)
+        ),
         "PEFT writes the rows of new tokens into an embedding that lies in shards; set "
         "launch.strategy=zero2 or ddp, or adapter.method=full",
     ),
     # --- several models ---
     Refusal(
         ("launch.strategy", "adapter.method"),
-        lambda cfg, _: _by(Strategy.zero3)(cfg)
-        and cfg.adapter.method is Method.full
-        and cfg.dpo.loss not in REFERENCE_FREE
-        and "reference" not in cfg.stages,
+        lambda cfg, _: (
+            _by(Strategy.zero3)(cfg)
+            and cfg.adapter.method is Method.full
+            and cfg.dpo.loss not in REFERENCE_FREE
+            and "reference" not in cfg.stages
+        ),
         "the reference is a second model, which would lie whole on every rank; put 'reference' before "
         "'dpo' in stages, whose log-probabilities take its place, or set launch.strategy=fsdp",
         ("dpo",),

@@ -288,7 +288,9 @@ class ShardingConfig:
     offload_parameters: Offload = Offload.none  # zero3: weights in host memory or NVMe; fsdp: cpu, with
     # gradients and optimiser states
     nvme: str | None = None  # folder on a local NVMe disk, for what is offloaded there
-    reshard: bool = True  # fsdp: free a layer's weights after its forward pass; false: more memory, fewer
+    reshard: bool = (
+        True  # fsdp: free a layer's weights after its forward pass; false: more memory, fewer
+    )
     # messages, as zero2
     bucket: int = 100_000_000  # zero1-3: weights of one message; less needs less memory
 

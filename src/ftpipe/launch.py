@@ -183,7 +183,9 @@ def launch_command(cfg: RunConfig, processes: int, settings: Path, job: Path) ->
         "main_training_function": "main",
     }
     lines |= launch_settings.shared_out(cfg, processes, settings.parent)
-    told = {key: value for key, value in lines.items() if value is not None}  # YAML takes dicts as printed
+    told = {
+        key: value for key, value in lines.items() if value is not None
+    }  # YAML takes dicts as printed
     artifacts.write_atomic(settings, "".join(f"{key}: {value}\n" for key, value in told.items()))
     return [
         *(sys.executable, "-m", "accelerate.commands.launch"),

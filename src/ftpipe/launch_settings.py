@@ -1,12 +1,13 @@
 """What accelerate and DeepSpeed are told, from one typed configuration.
 
-Both files lie beside ``run.yaml``. ``auto`` in DeepSpeed's is what transformers fills in from the stage's
-own settings: batch sizes and the norm at which gradients are clipped.
+Both files lie beside ``run.yaml``. ``auto`` in DeepSpeed's is what transformers fills in from the
+stage's own settings: batch sizes and the norm at which gradients are clipped.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,16 @@ from ftpipe.artifacts import write_atomic
 from ftpipe.choices import Device, Method, Offload, Precision, Strategy
 
 if TYPE_CHECKING:
-    from ftpipe.config import RunConfig
+    from ftpipe.config import LaunchConfig, RunConfig
 
 DEEPSPEED = "deepspeed.json"
 STAGES = {Strategy.zero1: 1, Strategy.zero2: 2, Strategy.zero3: 3}
+
+
+def in_force(launch: LaunchConfig) -> tuple[Strategy, int]:
+    """Return how this training is shared out, and between how many ranks; one shares out nothing."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    return Strategy.ddp if ranks == 1 else launch.strategy, ranks
 
 
 def shared_out(cfg: RunConfig, processes: int, folder: Path) -> dict[str, Any]:
@@ -29,7 +36,7 @@ def shared_out(cfg: RunConfig, processes: int, folder: Path) -> dict[str, Any]:
     Returns:
         keys and values; None where a key must be missing.
     """
-    launch, strategy = cfg.launch, cfg.launch.strategy
+    strategy = cfg.launch.strategy
     if processes == 1 or strategy not in STAGES:  # sharding.py shards by FSDP2, on top of plain ranks
         return {}
     file = folder / DEEPSPEED
@@ -90,8 +97,8 @@ def _zero(cfg: RunConfig) -> dict[str, Any]:
         zero |= {
             "stage3_prefetch_bucket_size": sharding.bucket,
             "stage3_max_live_parameters": 10 * sharding.bucket,
-            # Weights below this stay whole on every rank, gathered together after a step: they must be of
-            # one dtype then, which those of an adapter or a score on a 16-bit base are not
+            # Weights below this stay whole on every rank, gathered together after a step: they must be
+            # of one dtype then, which those of an adapter or a score on a 16-bit base are not
             "stage3_param_persistence_threshold": 0 if cfg.adapter.method is not Method.full else 10_000,
             "stage3_gather_16bit_weights_on_model_save": False,  # sharding.py writes the weights
         }

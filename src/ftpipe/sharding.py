@@ -27,15 +27,17 @@ def fully_shard(model: nn.Module, sharding: ShardingConfig, compute: torch.dtype
     """Share out a model's weights by FSDP2, in place: each repeated layer is a group, the rest is one.
 
     Embeddings, last norm and output head stay gathered from the forward pass to the backward pass. TRL's
-    fused head reads the head's weight without calling its module: in a group of its own it would be found
-    in pieces, and its gradient would be that of one rank alone.
+    fused head reads the head's weight without calling its module: in a group of its own it would be
+    found in pieces, and its gradient would be that of one rank alone.
 
     Args:
-        compute: dtype of weights while they are gathered; None: their own. Gradients are summed in float32.
+        compute: dtype of gathered weights; None: their own. Gradients are summed in float32.
     """
     from torch.distributed import fsdp
 
-    host = fsdp.CPUOffloadPolicy() if sharding.offload_parameters is Offload.cpu else fsdp.OffloadPolicy()
+    host = (
+        fsdp.CPUOffloadPolicy() if sharding.offload_parameters is Offload.cpu else fsdp.OffloadPolicy()
+    )
     options: dict[str, Any] = {"offload_policy": host}
     mixed = fsdp.MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     whole = fsdp.MixedPrecisionPolicy(reduce_dtype=torch.float32)
@@ -125,23 +127,23 @@ def found(model: nn.Module) -> Strategy | None:
     return {1: Strategy.zero1, 2: Strategy.zero2, 3: Strategy.zero3}[stage()] if stage else None
 
 
-def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def save_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Write what FSDP2's ranks hold of the trained weights and the optimiser's state, each its own part.
 
     Any number of ranks can read it. Call on all ranks.
     """
-    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict_saver import save
 
-    dcp.save(_state(model, optimizer), checkpoint_id=str(folder))
+    save(_state(model, optimizer), checkpoint_id=str(folder))
 
 
-def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Read what ``save`` wrote, each rank its own part. Call on all ranks."""
-    from torch.distributed import checkpoint as dcp
+def load_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Read what ``save_shards`` wrote, each rank its own part. Call on all ranks."""
     from torch.distributed.checkpoint import state_dict as states
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     held = _state(model, optimizer)
-    dcp.load(held, checkpoint_id=str(folder))
+    load(held, checkpoint_id=str(folder))
     options = states.StateDictOptions(ignore_frozen_params=True, strict=False)
     states.set_state_dict(
         model,
@@ -155,7 +157,6 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> No
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     from torch.distributed.checkpoint import state_dict as states
 
-    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
     options = states.StateDictOptions(ignore_frozen_params=True)
-    weights, held = states.get_state_dict(model, inner, options=options)
+    weights, held = states.get_state_dict(model, optimizer, options=options)
     return {"model": weights, "optimizer": held}

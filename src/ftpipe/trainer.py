@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+import json
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Trainer
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from trl import SFTTrainer
 
-from ftpipe import modeling, sharding
+from ftpipe import checkpoints, modeling, sharding
+from ftpipe.artifacts import write_atomic
 from ftpipe.choices import Precision, Strategy
+from ftpipe.launch_settings import in_force
 
 if TYPE_CHECKING:
     from ftpipe.config import LaunchConfig
     from ftpipe.sequences import Order
 
-SHARDS = "shards"  # in a checkpoint: what FSDP2's ranks hold
+SHARDS, SCHEDULE = "shards", "schedule.json"  # in a checkpoint of FSDP2
 
 
 class Ordered(Trainer):
@@ -28,8 +29,8 @@ class Ordered(Trainer):
     Also where several ranks resume in a later epoch: accelerate passes the epoch only to a sampler that
     it finds.
 
-    Where ranks share out weights, gradients or optimiser states, a checkpoint holds the shards alone, and
-    ``save_model`` writes what is whole.
+    Where ranks share out weights, gradients or optimiser states, a checkpoint holds the shards alone,
+    and ``save_model`` writes what is whole.
 
     Attributes:
         tokens_seen: so far by all ranks, without padding; whoever computes the loss counts them.
@@ -38,7 +39,7 @@ class Ordered(Trainer):
     def __init__(self, order: Order, launch: LaunchConfig, **options: Any) -> None:
         self._order = order
         self._launch = launch
-        self.strategy = training_strategy(launch)
+        self.strategy, self._ranks = in_force(launch)
         self.tokens_seen = 0
         super().__init__(**options)
 
@@ -62,11 +63,11 @@ class Ordered(Trainer):
 
     def _move_model_to_device(self, model: Any, device: torch.device) -> None:
         if not self.shares_out:  # else it goes there in shards
-            super()._move_model_to_device(model, device)  # type: ignore[no-untyped-call]
+            super()._move_model_to_device(model, device)
 
     def _prepare_for_training(self, *given: Any, **options: Any) -> Any:
         if self.strategy is Strategy.fsdp:
-            sharding.fully_shard(self.model, self._launch.sharding, self.compute)
+            sharding.fully_shard(self._net, self._launch.sharding, self.compute)
             # the Trainer then leaves a model alone that brings its own placement and reduction
             self.is_distributed_loading_by_transformers = True
         prepared = super()._prepare_for_training(*given, **options)  # type: ignore[no-untyped-call]
@@ -74,12 +75,12 @@ class Ordered(Trainer):
         assert self.args.world_size == 1 or found is self.strategy, f"{found}, not {self.strategy}"
         return prepared
 
-    def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[None]:
-        """Share out the gradients of each micro-batch: to keep them would take memory for all of them."""
+    def _defer_fsdp_gradient_reduction(self) -> Any:
+        """Share out the gradients of each micro-batch: to keep them takes memory for all of them."""
         return nullcontext()
 
     def compute_loss_context_manager(self) -> ExitStack:
-        """Compute in the run's precision whatever is called: a reference, or a model without its wrapper."""
+        """Compute in the run's precision: a reference too, or a model without its wrapper."""
         stack = super().compute_loss_context_manager()
         if self.compute is not None:
             stack.enter_context(torch.autocast(self.args.device.type, self.compute))
@@ -88,35 +89,52 @@ class Ordered(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write what is trained as one would load it, from the first rank."""
         if not self.shares_out:
-            super().save_model(output_dir, _internal_call)  # type: ignore[no-untyped-call]
+            super().save_model(output_dir, _internal_call)
         elif not _internal_call:
-            state = sharding.whole(self.model)
+            state = sharding.whole(self._net)
             if self.args.should_save:
-                self._save(output_dir, state)  # type: ignore[no-untyped-call]
+                self._save(output_dir, state)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a checkpoint, each rank its part, and seal it when all have."""
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+            checkpoints.seal(folder, self.tokens_seen, self.strategy, self._ranks)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[no-untyped-call]
-        if self.strategy is Strategy.fsdp:
-            Path(output_dir, OPTIMIZER_NAME).unlink(missing_ok=True)
-            sharding.save(Path(output_dir) / SHARDS, self.model, self.optimizer)
+        if self.strategy is not Strategy.fsdp:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        sharding.save_shards(Path(output_dir) / SHARDS, self._net, self._stepper)
+        if self.args.should_save:
+            assert self.lr_scheduler is not None
+            write_atomic(Path(output_dir) / SCHEDULE, json.dumps(self.lr_scheduler.state_dict()))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.strategy is not Strategy.fsdp:  # its shards are read when the model is in shards
-            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[no-untyped-call]
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and self.strategy is Strategy.fsdp:
-            sharding.load(Path(checkpoint) / SHARDS, self.model, self.optimizer)
-            held = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
-            self.lr_scheduler.load_state_dict(held)
-        else:
-            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[no-untyped-call]
+        if checkpoint is None or self.strategy is not Strategy.fsdp:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        sharding.load_shards(Path(checkpoint) / SHARDS, self._net, self._stepper)
+        assert self.lr_scheduler is not None
+        self.lr_scheduler.load_state_dict(json.loads((Path(checkpoint) / SCHEDULE).read_text()))
 
+    @property
+    def _net(self) -> torch.nn.Module:
+        assert isinstance(self.model, torch.nn.Module)
+        return self.model
 
-def training_strategy(launch: LaunchConfig) -> Strategy:
-    """Return how this process shares out its training: alone it shares out nothing."""
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    return Strategy.ddp if alone else launch.strategy
+    @property
+    def _stepper(self) -> torch.optim.Optimizer:
+        """Return torch's optimiser, which accelerate wraps."""
+        found = getattr(self.optimizer, "optimizer", self.optimizer)
+        assert isinstance(found, torch.optim.Optimizer)
+        return found
 
 
 class DemonstrationTrainer(Ordered, SFTTrainer):

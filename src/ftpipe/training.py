@@ -85,10 +85,10 @@ def arguments(training: TrainingConfig, launch: LaunchConfig, seed: int, out: Pa
 
 
 def checkpointing(launch: LaunchConfig) -> dict[str, bool]:
-    """Return how activations are computed again in the backward pass, and where their inputs lie meanwhile.
+    """Return how activations are computed again in the backward pass, and where inputs lie meanwhile.
 
     Under ZeRO-3 by PyTorch's older way, which computes a layer again as a whole: the newer one compares
-    saved tensors with those of frozen weights that are gone by then (github.com/huggingface/trl/issues/2514).
+    what it saved with frozen weights that are gone by then (github.com/huggingface/trl/issues/2514).
     """
     older = launch.strategy is Strategy.zero3
     return {"use_reentrant": older, "offload": launch.offload_activations}
@@ -113,9 +113,7 @@ def grouping(training: TrainingConfig) -> int | None:
     return training.batch_size if training.group_by_length else None
 
 
-def train(
-    trainer: Ordered, checkpoint: Path | None, first: Callable[[], object]
-) -> dict[str, float]:
+def train(trainer: Ordered, checkpoint: Path | None, first: Callable[[], object]) -> dict[str, float]:
     """Train to the end, from a checkpoint if there is one; return what ``summary`` says of it.
 
     Args:

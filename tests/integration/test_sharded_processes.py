@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -106,7 +105,7 @@ def run(alone: Mapping[str, Whole], cases: list[Case], strategy: str, *words: st
 
     done = subprocess.run(
         command,
-        env=launch.environment(cfg, 2) ,
+        env=launch.environment(cfg, 2),
         capture_output=True,
         text=True,
         timeout=300,
@@ -127,9 +126,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
-CASES = [
-    Case(method, stage) for stage in ("sft", "reward", "dpo") for method in ("lora", "full")
-]
+CASES = [Case(method, stage) for stage in ("sft", "reward", "dpo") for method in ("lora", "full")]
 LOADERS: dict[Case, Any] = {
     **{Case("lora", stage): AutoPeftModelForCausalLM for stage in ("sft", "dpo")},
     **{Case("full", stage): AutoModelForCausalLM for stage in ("sft", "dpo")},

@@ -24,6 +24,7 @@ from ftpipe.choices import Method, Part, PreferenceLoss, Strategy, Use
 from ftpipe.config import RunConfig
 from ftpipe.data import table
 from ftpipe.errors import ModelError
+from ftpipe.launch_settings import in_force
 from ftpipe.logs import say
 from ftpipe.preferences import batches, logps, reference
 from ftpipe.preferences import policy as preference_policy
@@ -85,7 +86,7 @@ def run(cfg: RunConfig, inputs: Mapping[str, Artifact], out: Path) -> dict[str, 
         say("no sample answers: no rows are held out (data.validation=0)")
     prompts = asked(validation.rows, use, cfg.dpo.samples)
     answers = Answers(model, tokenizer, prompts, cfg.dpo.sample_tokens)
-    checkpoint = checkpoints.last_checkpoint(out / checkpoints.CHECKPOINTS)
+    checkpoint = checkpoints.last_checkpoint(out / checkpoints.CHECKPOINTS, *in_force(cfg.launch))
     before: dict[str, Any] = {}
 
     def first() -> None:
@@ -98,7 +99,7 @@ def run(cfg: RunConfig, inputs: Mapping[str, Artifact], out: Path) -> dict[str, 
         if trainer.is_world_process_zero():
             done = checkpoints.step_of(checkpoint) if checkpoint else 0
             tracker = stack.enter_context(Tracker(cfg, "dpo", out, done))
-        trainer.add_callback(Report(tracker, held_out, cfg.dpo.eval_every, lambda: trainer.tokens_seen))
+        trainer.add_callback(Report(tracker, held_out, cfg.dpo.eval_every))
         metrics = training.train(trainer, checkpoint, first)
         if held_out is not None:
             metrics |= {f"{name}_before": value for name, value in before["held_out"].items()}

@@ -24,6 +24,7 @@ from ftpipe.config import RunConfig
 from ftpipe.data import table
 from ftpipe.data.packing import packs_of
 from ftpipe.heldout import HeldOut
+from ftpipe.launch_settings import in_force
 from ftpipe.logs import say
 from ftpipe.sampling import Answers, asked
 from ftpipe.sequences import Collate, Layout, Order, sequences
@@ -69,7 +70,7 @@ def run(cfg: RunConfig, inputs: Mapping[str, Artifact], out: Path) -> dict[str, 
         say("no sample answers: no rows are held out (data.validation=0)")
     prompts = asked(validation, demonstrations, cfg.sft.samples)
     answers = Answers(model, tokenizer, prompts, cfg.sft.sample_tokens)
-    checkpoint = checkpoints.last_checkpoint(out / checkpoints.CHECKPOINTS)
+    checkpoint = checkpoints.last_checkpoint(out / checkpoints.CHECKPOINTS, *in_force(cfg.launch))
     before: dict[str, Any] = {}
 
     def first() -> None:
@@ -82,7 +83,7 @@ def run(cfg: RunConfig, inputs: Mapping[str, Artifact], out: Path) -> dict[str, 
         if trainer.is_world_process_zero():
             done = checkpoints.step_of(checkpoint) if checkpoint else 0
             tracker = stack.enter_context(Tracker(cfg, "sft", out, done))
-        trainer.add_callback(Report(tracker, held_out, cfg.sft.eval_every, lambda: trainer.tokens_seen))
+        trainer.add_callback(Report(tracker, held_out, cfg.sft.eval_every))
         metrics = training.train(trainer, checkpoint, first)
         if held_out is not None:
             loss = held_out.loss()
