@@ -7,7 +7,7 @@ at once: so each rank must make as many passes as every other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,13 @@ if TYPE_CHECKING:
     from ftpipe.config import ShardingConfig
 
 
-def fully_shard(model: nn.Module, sharding: ShardingConfig, compute: torch.dtype | None) -> None:
+def fully_shard(
+    model: nn.Module,
+    sharding: ShardingConfig,
+    compute: torch.dtype | None,
+    hold: bool = True,
+    summed: bool = False,
+) -> None:
     """Share out a model's weights by FSDP2, in place: each repeated layer is a group, the rest is one.
 
     Embeddings, last norm and output head stay gathered from the forward pass to the backward pass. TRL's
@@ -31,7 +37,9 @@ def fully_shard(model: nn.Module, sharding: ShardingConfig, compute: torch.dtype
     found in pieces, and its gradient would be that of one rank alone.
 
     Args:
-        compute: dtype of gathered weights; None: their own. Gradients are summed in float32.
+        compute: dtype of gathered weights; None: their own. Gradients are added up in float32.
+        hold: keeps that last group gathered after a forward pass, for the backward pass to come.
+        summed: gradients are the sum over ranks, not their mean.
     """
     from torch.distributed import fsdp
 
@@ -46,7 +54,12 @@ def fully_shard(model: nn.Module, sharding: ShardingConfig, compute: torch.dtype
             fsdp.fully_shard(module, mp_policy=whole, **options)  # a score is computed in float32
     for layer in layers(model):
         fsdp.fully_shard(layer, mp_policy=mixed, reshard_after_forward=sharding.reshard, **options)
-    fsdp.fully_shard(model, mp_policy=mixed, reshard_after_forward=False, **options)
+    fsdp.fully_shard(model, mp_policy=mixed, reshard_after_forward=not hold, **options)
+    if summed:
+        for module in model.modules():
+            if isinstance(module, fsdp.FSDPModule):
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)  # gloo has no other
     if hasattr(model, "generate"):
         fsdp.register_fsdp_forward_method(model, "generate")
     for part in (model, getattr(model, "get_base_model", lambda: model)()):
@@ -160,3 +173,51 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]
     options = states.StateDictOptions(ignore_frozen_params=True)
     weights, held = states.get_state_dict(model, optimizer, options=options)
     return {"model": weights, "optimizer": held}
+
+
+def full(value: Tensor) -> Tensor:
+    """Return a tensor whole, in host memory on the first rank; elsewhere empty. Call on all ranks."""
+    from torch.distributed.tensor import DTensor
+
+    whole_ = value.full_tensor() if isinstance(value, DTensor) else value
+    return whole_.detach().cpu() if dist.get_rank() == 0 else torch.empty(0)
+
+
+def put(held: Tensor, into: Tensor) -> None:
+    """Copy a whole tensor into one that may be in shards. Call on all ranks, each with the whole."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if isinstance(into, DTensor):
+        held = distribute_tensor(held.to(into.device), into.device_mesh, into.placements)
+    into.copy_(held)
+
+
+def clip(weights: Sequence[nn.Parameter], most: float) -> float:
+    """Clip gradients, of which some are in shards, to a norm together; return the norm before.
+
+    As ``torch.nn.utils.clip_grad_norm_``, which takes no mixture of both.
+    """
+    from torch.distributed.tensor import DTensor
+
+    squares = {True: torch.zeros(()), False: torch.zeros(())}  # of shards, and of what every rank holds
+    for weight in weights:
+        assert weight.grad is not None
+        parts = isinstance(weight.grad, DTensor)
+        own = weight.grad.to_local() if isinstance(weight.grad, DTensor) else weight.grad
+        squares[parts] = squares[parts].to(own.device) + own.float().square().sum()
+    shards = squares[True].to(squares[False].device)
+    dist.all_reduce(shards)
+    norm = float((shards + squares[False]).sqrt())
+    for weight in weights:
+        assert weight.grad is not None
+        weight.grad.mul_(min(1.0, most / (norm + 1e-6)))
+    return norm
+
+
+def alike(weights: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Return weights in shards and others apart: an optimiser's kernels take no mixture of both."""
+    from torch.distributed.tensor import DTensor
+
+    every = list(weights)
+    parts = [[one for one in every if isinstance(one, DTensor) is kind] for kind in (True, False)]
+    return [part for part in parts if part]

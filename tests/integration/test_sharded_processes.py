@@ -32,13 +32,15 @@ BOTH = (
     "use: [preferences, demonstrations, prompts]}}",
     *("adapter.dropout=0", "sft.samples=1", "sft.sample_tokens=4", "sft.max_steps=4", "sft.log_every=1"),
     *("reward.max_steps=4", "reward.batch_size=4", "reward.log_every=1", "reward.learning_rate=1e-3"),
+    *("ppo.batch_size=7", "ppo.max_steps=3", "ppo.max_new_tokens=6", "ppo.ptx_weight=0.1"),
+    *("ppo.ignore_gate=true", "ppo.samples=1", "ppo.save_every=1", "ppo.eval_every=1"),
     *("dpo.samples=1", "dpo.sample_tokens=4", "dpo.max_steps=4", "dpo.batch_size=6", "dpo.log_every=1"),
 )
 WORDS = {
     "lora": (*BOTH, "stages=[prepare,sft,reward,dpo]", "dpo.learning_rate=2e-3"),
     "full": (
-        *(*BOTH, "adapter=full", "stages=[prepare,sft,reward,reference,dpo]"),
-        *("sft.learning_rate=1e-3", "dpo.learning_rate=2e-4"),
+        *(*BOTH, "adapter=full", "stages=[prepare,sft,reward,reference,dpo,ppo]"),
+        *("sft.learning_rate=1e-3", "dpo.learning_rate=2e-4", "ppo.learning_rate=1e-4"),
     ),
 }
 
@@ -88,7 +90,7 @@ def run(alone: Mapping[str, Whole], cases: list[Case], strategy: str, *words: st
             [*WORDS[case.method], "launch.processes=2", f"launch.strategy={strategy}", *words]
         )
         run_folder = pipeline.write_run(cfg, schema.dump(cfg))
-        step = next(step for step in pipeline.plan(cfg) if step.stage.name == case.stage)
+        step = next(step for step in pipeline.plan(cfg, case.stage) if step.stage.name == case.stage)
         outs[case] = Path("sharded", strategy, f"{case.method}-{case.stage}").resolve()
         outs[case].mkdir(parents=True)
         made = alone[case.method].made
