@@ -1,7 +1,7 @@
 """What the ranks of a test run: several stages one after the other, for one start of the processes.
 
-``python sharded_ranks.py JOB.json ...``, started as ``ftpipe.worker`` is. ``JOB.json:2`` ends a stage as
-soon as its checkpoint of step 2 is whole, and leaves on disk what a kill would.
+``python sharded_ranks.py JOB.json ...``, started as ``ftpipe.worker`` is. ``JOB.json:2`` ends a stage
+when step (or rollout) 2 and its checkpoint are done, and leaves on disk what a kill would.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 from transformers import TrainerCallback
 
 from ftpipe import worker
+from ftpipe.ppo.trainer import PpoTrainer
 from ftpipe.trainer import Ordered
 
 
@@ -25,7 +26,7 @@ class End(TrainerCallback):
 
 
 def main(words: list[str]) -> int:
-    begin = Ordered.__init__
+    begin, rollout = Ordered.__init__, PpoTrainer._rollout
     for word in words:
         job, _, end = word.partition(":")
 
@@ -34,7 +35,13 @@ def main(words: list[str]) -> int:
             if end:
                 self.add_callback(End(int(end)))
 
+        def ending_rollout(self: PpoTrainer, number: int, end: str = end) -> dict[str, float]:
+            if end == str(number):
+                raise KeyboardInterrupt
+            return rollout(self, number)
+
         Ordered.__init__ = ending  # type: ignore[method-assign]
+        PpoTrainer._rollout = ending_rollout  # type: ignore[method-assign, assignment]
         code = worker.main([job])
         if code != (130 if end else 0):
             return code or 1
