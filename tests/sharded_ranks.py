@@ -7,8 +7,14 @@ when step (or rollout) 2 and its checkpoint are done, and leaves on disk what a 
 from __future__ import annotations
 
 import gc
+import json
+import os
 import sys
+from pathlib import Path
+from typing import Any
 
+import torch
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from ftpipe import worker
@@ -25,6 +31,32 @@ class End(TrainerCallback):
             raise KeyboardInterrupt
 
 
+class Held(TrainerCallback):
+    """Counts the bytes of weights and of the optimiser's states that this rank holds after the last step."""
+
+    def __init__(self, trainer: Ordered) -> None:
+        self._trainer = trainer
+
+    def on_train_end(self, args: object, state: object, control: object, **_: object) -> None:
+        stepper: Any = self._trainer._stepper  # torch's, or DeepSpeed's around it
+        copies = getattr(stepper, "single_partition_of_fp32_groups", None)
+        copies = copies or getattr(stepper, "fp32_partitioned_groups_flat", [])
+        moments = getattr(stepper, "optimizer", stepper).state.values()
+        tensors = [value for one in moments for value in one.values() if torch.is_tensor(value)]
+        held = {
+            "weights": sum(map(bytes_of, self._trainer._net.parameters())),
+            "optimizer": sum(map(bytes_of, [*copies, *tensors])),
+        }
+        out = Path(str(self._trainer.args.output_dir)).parent
+        (out / f"held-{os.environ['RANK']}.json").write_text(json.dumps(held))
+
+
+def bytes_of(tensor: torch.Tensor) -> int:
+    part: Any = getattr(tensor, "ds_tensor", tensor)
+    part = part.to_local() if isinstance(part.data, DTensor) else part
+    return int(part.numel() * part.element_size())
+
+
 def main(words: list[str]) -> int:
     begin, rollout = Ordered.__init__, PpoTrainer._rollout
     for word in words:
@@ -32,6 +64,7 @@ def main(words: list[str]) -> int:
 
         def ending(self: Ordered, *given: object, end: str = end, **options: object) -> None:
             begin(self, *given, **options)  # type: ignore[arg-type]
+            self.add_callback(Held(self))
             if end:
                 self.add_callback(End(int(end)))
 

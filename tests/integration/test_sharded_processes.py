@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassificatio
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from ftpipe import cli, launch, pipeline, schema
+from ftpipe import cli, costs, launch, pipeline, schema
 from ftpipe.artifacts import Artifact
 from ftpipe.choices import Strategy
 from ftpipe.config import RunConfig
@@ -81,18 +81,31 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Whole]
         yield found
 
 
-def run(alone: Mapping[str, Whole], cases: list[Case], strategy: str, *words: str) -> dict[Case, Path]:
-    """Run stages on two ranks, in one start, from what one process made before them."""
+def run(
+    alone: Mapping[str, Whole],
+    cases: Sequence[Case],
+    strategy: str,
+    *words: str,
+    end: int | None = None,
+    ranks: int = 2,
+    folder: str = "",
+) -> dict[Case, Path]:
+    """Run stages on several ranks, in one start, from what one process made before them.
+
+    Args:
+        end: the step at which they are ended, as a kill would.
+        folder: where they write; one that ended runs left is gone on from.
+    """
     jobs: dict[Case, Path] = {}
     outs: dict[Case, Path] = {}
     for case in cases:
         (cfg,) = cli.configurations(
-            [*WORDS[case.method], "launch.processes=2", f"launch.strategy={strategy}", *words]
+            [*WORDS[case.method], f"launch.processes={ranks}", f"launch.strategy={strategy}", *words]
         )
         run_folder = pipeline.write_run(cfg, schema.dump(cfg))
-        step = next(step for step in pipeline.plan(cfg, case.stage) if step.stage.name == case.stage)
-        outs[case] = Path("sharded", strategy, f"{case.method}-{case.stage}").resolve()
-        outs[case].mkdir(parents=True)
+        step = next(one for one in pipeline.plan(cfg, case.stage) if one.stage.name == case.stage)
+        outs[case] = Path("sharded", folder or strategy, f"{case.method}-{case.stage}").resolve()
+        outs[case].mkdir(parents=True, exist_ok=True)
         made = alone[case.method].made
         job = {
             "stage": case.stage,
@@ -102,19 +115,15 @@ def run(alone: Mapping[str, Whole], cases: list[Case], strategy: str, *words: st
         }
         jobs[case] = outs[case].with_suffix(".job.json")
         jobs[case].write_text(json.dumps(job))
-    command = launch.launch_command(cfg, 2, run_folder / "accelerate.yaml", next(iter(jobs.values())))
-    command = [*command[: command.index("--module")], str(RANKS), *map(str, jobs.values())]
-
-    done = subprocess.run(
-        command,
-        env=launch.environment(cfg, 2),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    command = launch.launch_command(cfg, ranks, run_folder / "accelerate.yaml", jobs[case])
+    words_ = [f"{job}:{end}" if end else str(job) for job in jobs.values()]
+    command = [*command[: command.index("--module")], str(RANKS), *words_]
+    environment = launch.environment(cfg, ranks)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     for out in outs.values():
-        assert (out / launch.RESULT).is_file(), done.stdout[-2000:] + done.stderr[-3000:]
+        finished = (out / launch.RESULT).is_file()
+        assert finished is (end is None), done.stdout[-2000:] + done.stderr[-3000:]
     return outs
 
 
@@ -128,34 +137,81 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
-CASES = [Case(method, stage) for stage in ("sft", "reward", "dpo") for method in ("lora", "full")]
 LOADERS: dict[Case, Any] = {
     **{Case("lora", stage): AutoPeftModelForCausalLM for stage in ("sft", "dpo")},
-    **{Case("full", stage): AutoModelForCausalLM for stage in ("sft", "dpo")},
+    **{Case("full", stage): AutoModelForCausalLM for stage in ("sft", "dpo", "ppo")},
     Case("lora", "reward"): AutoPeftModelForSequenceClassification,
     Case("full", "reward"): AutoModelForSequenceClassification,
 }
+ALL = tuple(LOADERS)
+# Every strategy with a full stage and an adapter, every stage with every kind of sharding; all of them,
+# strategy by strategy, are measured by benchmarks/scaling.py.
+TRIED = {
+    Strategy.zero1: (Case("full", "sft"), Case("lora", "reward")),
+    Strategy.zero2: (Case("full", "sft"), Case("lora", "sft"), Case("full", "dpo")),
+    Strategy.zero3: (Case("full", "sft"), Case("lora", "dpo"), Case("full", "reward")),
+    Strategy.fsdp: (
+        Case("lora", "sft"),
+        Case("full", "reward"),
+        Case("lora", "dpo"),
+        Case("full", "ppo"),
+    ),
+}
 
 
-@pytest.mark.parametrize("strategy", list(Strategy))
+@pytest.mark.parametrize("strategy", TRIED)
 def test_two_ranks_learn_as_one_process_does(alone: dict[str, Whole], strategy: Strategy) -> None:
-    outs = run(alone, CASES, strategy)
+    outs = run(alone, TRIED[strategy], strategy)
     for case, out in outs.items():
         one = alone[case.method].made[case.stage].path
-        for name in ("loss", "grad_norm"):
-            ours, theirs = curve(out, case.stage, name), curve(one, case.stage, name)
-            assert len(theirs) == 4 and all(map(math.isfinite, theirs))
-            assert ours == pytest.approx(theirs, rel=1e-4), (case, name)
-        first, second = weights(one), weights(out)
-        assert first.keys() == second.keys()
-        for name, weight in first.items():
-            assert weight.dtype is second[name].dtype
-            assert (weight - second[name]).abs().max() < 5e-4, (case, name)
-        options = {"num_labels": 1} if case.stage == "reward" else {}
-        LOADERS[case].from_pretrained(str(out), **options)
-        before, after = (
-            json.loads((at / file).read_text())["metrics"]
-            for at, file in ((one, "manifest.json"), (out, launch.RESULT))
-        )
-        for name in {"held_out_loss", "held_out_loss_before", "held_out_accuracy"} & before.keys():
-            assert after[name] == pytest.approx(before[name], rel=1e-4), (case, name)
+        same(case, out, one)
+        if case == Case("full", "sft") or (case, strategy) == (Case("full", "reward"), Strategy.fsdp):
+            as_computed(strategy, sum(map(torch.numel, weights(one).values())), out)
+
+
+def as_computed(strategy: Strategy, trained: int, out: Path) -> None:
+    """Compare what each rank held with what ``costs`` says of so many weights."""
+    computed = costs.states(strategy, trained, 0, 2)
+    for rank in range(2):
+        held = json.loads((out / f"held-{rank}.json").read_text())
+        assert held["weights"] == pytest.approx(computed.weights, rel=0.01)
+        assert held["optimizer"] == pytest.approx(computed.optimizer, rel=0.01)
+
+
+def same(case: Case, out: Path, one: Path) -> None:
+    """Compare losses, gradient norms, held-out measures and weights; load what is saved."""
+    names = (
+        ("policy_loss", "policy_grad_norm", "score") if case.stage == "ppo" else ("loss", "grad_norm")
+    )
+    for name in names:
+        ours, theirs = curve(out, case.stage, name), curve(one, case.stage, name)
+        assert len(theirs) >= 3 and all(map(math.isfinite, theirs))
+        assert ours == pytest.approx(theirs, rel=1e-4), (case, name)
+    first, second = weights(one), weights(out)
+    assert first.keys() == second.keys()
+    for name, weight in first.items():
+        assert weight.dtype is second[name].dtype
+        assert (weight - second[name]).abs().max() < 5e-4, (case, name)
+    options = {"num_labels": 1} if case.stage == "reward" else {}
+    LOADERS[case].from_pretrained(str(out), **options)
+    before = json.loads((one / "manifest.json").read_text())["metrics"]
+    after = json.loads((out / launch.RESULT).read_text())["metrics"]
+    held_out = {name for name in before if name.startswith("held_out")}
+    assert held_out and {name: after[name] for name in held_out} == pytest.approx(
+        {name: before[name] for name in held_out}, rel=1e-3, abs=1e-4
+    )
+    assert not [path for path in out.rglob("*") if path.suffix in (".pt", ".pth", ".bin", ".distcp")]
+
+
+@pytest.mark.parametrize("strategy", [Strategy.zero3, Strategy.fsdp])
+def test_ended_after_a_checkpoint_it_goes_on_as_if_nothing_had_happened(
+    alone: dict[str, Whole], strategy: Strategy
+) -> None:
+    cases = [Case("full", "sft")] + ([Case("full", "ppo")] if strategy is Strategy.fsdp else [])
+    words, folder = ("sft.save_every=2", "dpo.batch_size=8"), f"{strategy}-ended"
+    run(alone, cases, strategy, *words, end=2, folder=folder)
+    # FSDP2's shards serve any number of ranks
+    ranks = 4 if strategy is Strategy.fsdp else 2
+    outs = run(alone, cases, strategy, *words, folder=folder, ranks=ranks)
+    for case, out in outs.items():
+        same(case, out, alone[case.method].made[case.stage].path)

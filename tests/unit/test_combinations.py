@@ -45,6 +45,9 @@ BNB = (Optimizer.adamw_8bit, Optimizer.paged_adamw_8bit, Optimizer.paged_adamw_3
 
 # name, stage, values, the strategies that refuse them, and words of the sentence. The others take them.
 Row = tuple[str, dict[str, object], tuple[Strategy, ...], str]
+BYTES: list[Row] = [
+    ("reward", {"reward__optimizer": one}, (*Z, Strategy.fsdp), "reward.optimizer=adamw") for one in BNB
+]
 CASES: list[Row] = [
     ("sft", {}, (), ""),
     ("sft", {"launch__processes": 1}, (*Z, Strategy.fsdp), "nobody to share with"),
@@ -52,10 +55,7 @@ CASES: list[Row] = [
     ("sft", {"launch__precision": Precision.bf16}, (), ""),
     ("sft", {"adapter__method": Method.qlora}, (Strategy.zero3, Strategy.fsdp), "zero2 or ddp"),
     ("sft", {"adapter__method": Method.lora}, (), ""),
-    *(
-        ("reward", {"reward__optimizer": one}, (*Z, Strategy.fsdp), "reward.optimizer=adamw")
-        for one in BNB
-    ),
+    *BYTES,
     ("dpo", {"dpo__optimizer": Optimizer.adafactor}, (*Z, Strategy.fsdp), "rows and columns"),
     ("sft", {"sft__optimizer": Optimizer.sgd}, (), ""),
     ("sft", {"sft__optimizer": Optimizer.rmsprop}, (), ""),
