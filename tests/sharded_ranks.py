@@ -32,13 +32,14 @@ class End(TrainerCallback):
 
 
 class Held(TrainerCallback):
-    """Counts the bytes of weights and of the optimiser's states that this rank holds after the last step."""
+    """Counts the bytes of weights and optimiser states that this rank holds after the last step."""
 
     def __init__(self, trainer: Ordered) -> None:
         self._trainer = trainer
 
     def on_train_end(self, args: object, state: object, control: object, **_: object) -> None:
-        stepper: Any = self._trainer._stepper  # torch's, or DeepSpeed's around it
+        wrapped: Any = self._trainer.optimizer
+        stepper: Any = wrapped.optimizer  # torch's, or DeepSpeed's around it
         copies = getattr(stepper, "single_partition_of_fp32_groups", None)
         copies = copies or getattr(stepper, "fp32_partitioned_groups_flat", [])
         moments = getattr(stepper, "optimizer", stepper).state.values()
