@@ -42,13 +42,21 @@ WORDS = {
         *(*BOTH, "adapter=full", "stages=[prepare,sft,reward,reference,dpo,ppo]"),
         *("sft.learning_rate=1e-3", "dpo.learning_rate=2e-4", "ppo.learning_rate=1e-4"),
     ),
+    # sequences of several rows, some of them empty at the end of an epoch
+    "packed": (
+        *(*BOTH, "stages=[prepare,sft]", "data.packing=true", "data.max_length=512"),
+        "sft.batch_size=4",
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Case:
+    """A stage of one of ``WORDS``, split into micro-batches of so many rows."""
+
     method: str
     stage: str
+    micro: int = 1
 
 
 @dataclass(frozen=True)
@@ -100,11 +108,15 @@ def run(
     outs: dict[Case, Path] = {}
     for case in cases:
         (cfg,) = cli.configurations(
-            [*WORDS[case.method], f"launch.processes={ranks}", f"launch.strategy={strategy}", *words]
+            [
+                *(*WORDS[case.method], f"launch.processes={ranks}", f"launch.strategy={strategy}"),
+                *(f"launch.micro_batch_size={case.micro}", *words),
+            ]
         )
         run_folder = pipeline.write_run(cfg, schema.dump(cfg))
         step = next(one for one in pipeline.plan(cfg, case.stage) if one.stage.name == case.stage)
-        outs[case] = Path("sharded", folder or strategy, f"{case.method}-{case.stage}").resolve()
+        name = f"{case.method}-{case.stage}-{case.micro}"
+        outs[case] = Path("sharded", folder or strategy, name).resolve()
         outs[case].mkdir(parents=True, exist_ok=True)
         made = alone[case.method].made
         job = {
@@ -213,3 +225,20 @@ def test_what_two_ranks_of_fsdp_left_four_go_on_from(alone: dict[str, Whole]) ->
     outs = run(alone, cases, strategy, *words, folder=folder, ranks=4)
     for case, out in outs.items():
         same(case, out, alone[case.method].made[case.stage].path)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_step_is_the_same_however_its_batch_is_split(alone: dict[str, Whole], ranks: int) -> None:
+    # ranks x accumulation x packing x stage: a rank accumulates as many micro-batches as are left to it
+    stages = (("lora", "sft"), ("packed", "sft"), ("lora", "reward"), ("lora", "dpo"))
+    cases = [Case(*one, micro=micro) for one in stages for micro in (1, 2) if ranks == 2 or micro == 2]
+    cases = [case for case in cases if case.stage != "dpo" or 6 % (case.micro * ranks) == 0]
+    assert len(cases) == (7 if ranks == 2 else 4)
+    words = ("dpo.batch_size=6",)
+    outs = run(alone, cases, Strategy.ddp, *words, ranks=ranks, folder=f"split-{ranks}")
+    for case, out in outs.items():
+        one = alone[case.method].made[case.stage].path
+        for name in ("loss", "grad_norm"):
+            found, expected = curve(out, case.stage, name), curve(one, case.stage, name)
+            assert len(expected) == 4
+            assert found == pytest.approx(expected, rel=1e-4), (case, name)
