@@ -217,7 +217,7 @@ def test_a_value_changes_the_stages_that_it_decides(
     cfg: RunConfig, rows: Path, key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # a value by itself, also where it needs another one beside it
-    monkeypatch.setattr(pipeline.combinations, "check", lambda cfg, names: None)
+    monkeypatch.setattr("ftpipe.combinations.check", lambda cfg, names: None)
     expected = KEYS.get(key, GROUPS[key.split(".")[0]])
     questions = EvalSetConfig(format=EvalFormat.text, path=str(rows))
     cfg.data.decontaminate = {"mine": questions}
