@@ -7,13 +7,15 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from subprocess import Popen
 from typing import Any
 
 from ftpipe import artifacts, launch_settings, pipeline, provenance
 from ftpipe.artifacts import Artifact
-from ftpipe.choices import Device, Precision
+from ftpipe.choices import Device, Precision, Strategy
+from ftpipe.combinations import TRAIN
 from ftpipe.config import RunConfig
 from ftpipe.errors import ConfigError, DataError, UserError
 from ftpipe.orphans import end_with_parent
@@ -131,6 +133,8 @@ def _spawn(
     }
     artifacts.write_atomic(run / f"{name}.job.json", json.dumps(job, indent=1) + "\n")
     processes = cfg.launch.processes if step.stage.all_ranks else 1
+    if name not in TRAIN:  # there is nothing to share out
+        cfg = replace(cfg, launch=replace(cfg.launch, strategy=Strategy.ddp))
     process = Popen(
         launch_command(cfg, processes, run / "accelerate.yaml", run / f"{name}.job.json"),
         env=environment(cfg, processes),
@@ -183,9 +187,8 @@ def launch_command(cfg: RunConfig, processes: int, settings: Path, job: Path) ->
         "main_training_function": "main",
     }
     lines |= launch_settings.shared_out(cfg, processes, settings.parent)
-    told = {
-        key: value for key, value in lines.items() if value is not None
-    }  # YAML takes dicts as printed
+    told = {key: value for key, value in lines.items() if value is not None}
+    # YAML takes dicts as Python prints them
     artifacts.write_atomic(settings, "".join(f"{key}: {value}\n" for key, value in told.items()))
     return [
         *(sys.executable, "-m", "accelerate.commands.launch"),

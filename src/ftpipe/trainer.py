@@ -72,7 +72,8 @@ class Ordered(Trainer):
             self.is_distributed_loading_by_transformers = True
         prepared = super()._prepare_for_training(*given, **options)  # type: ignore[no-untyped-call]
         found = sharding.found(self.model_wrapped)
-        assert self.args.world_size == 1 or found is self.strategy, f"{found}, not {self.strategy}"
+        if self.args.world_size > 1 and found is not self.strategy:
+            raise RuntimeError(f"launch.strategy={self.strategy} is not in force; what is: {found}")
         return prepared
 
     def _defer_fsdp_gradient_reduction(self) -> Any:
