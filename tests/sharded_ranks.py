@@ -49,7 +49,7 @@ class Held(TrainerCallback):
             "optimizer": sum(map(bytes_of, [*copies, *tensors])),
         }
         out = Path(str(self._trainer.args.output_dir)).parent
-        (out / f"held-{os.environ['RANK']}.json").write_text(json.dumps(held))
+        (out / f"held-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(held))
 
 
 def bytes_of(tensor: torch.Tensor) -> int:
