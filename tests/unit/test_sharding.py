@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -18,7 +20,12 @@ def test_every_rank_makes_as_many_passes_and_counts_its_own_alone() -> None:
 def test_the_repeated_layers_are_those_that_a_model_names() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 16}
+    shape: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 4,
+        "vocab_size": 16,
+    }
     model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=3, **shape))
     assert sharding.layers(model) == list(model.model.layers)
     assert sharding.layers(nn.Linear(2, 2)) == []
