@@ -1,25 +1,76 @@
-"""Checkpoints of a training that may be killed: which one is whole, and what is left at the end."""
+"""Checkpoints of a training that may be killed: which one is whole, and what is left at the end.
+
+Ranks that share out a training each write their part. When all have, the first rank seals the checkpoint
+with a list of its files: what is sealed, and still has them all, is whole.
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from ftpipe.artifacts import write_atomic
+from ftpipe.choices import Strategy
+from ftpipe.errors import ConfigError
 
 CHECKPOINTS = "checkpoints"
-TOKENS = "tokens.json"  # in each checkpoint: how many tokens were seen
+SEAL = "whole.json"  # in each checkpoint, written last: its files, its writers, tokens seen
 BEFORE = "before.json"  # what was measured before the first step, for a run that is resumed
 
 
-def last_checkpoint(folder: Path) -> Path | None:
+def seal(checkpoint: Path, tokens: int, strategy: Strategy, ranks: int) -> None:
+    """Say that a checkpoint is whole. Call on the first rank when all have written.
+
+    Args:
+        tokens: seen so far.
+        strategy, ranks: how the training is shared out.
+    """
+    files = {
+        path.relative_to(checkpoint).as_posix(): path.stat().st_size
+        for path in sorted(checkpoint.rglob("*"))
+        if path.is_file() and path.name != SEAL
+    }
+    stated = {"tokens": tokens, "strategy": strategy, "ranks": ranks, "files": files}
+    write_atomic(checkpoint / SEAL, json.dumps(stated, indent=1) + "\n")
+
+
+def last_checkpoint(folder: Path, strategy: Strategy, ranks: int) -> Path | None:
     """Return the newest whole checkpoint, or None.
 
     A Trainer resumes from weights alone without a word, with a fresh optimiser; that is no resume.
+
+    Raises:
+        ConfigError: if this training is shared out in a way that cannot go on from it.
     """
     whole = [path for path in folder.glob("checkpoint-*") if _is_whole(path)]
-    return max(whole, key=step_of, default=None)
+    found = max(whole, key=step_of, default=None)
+    if found is not None:
+        stated = _stated(found)
+        _check_layout(found, Strategy(stated["strategy"]), stated["ranks"], strategy, ranks)
+    return found
+
+
+def _check_layout(
+    checkpoint: Path, wrote: Strategy, writers: int, strategy: Strategy, ranks: int
+) -> None:
+    """Refuse a checkpoint whose parts this training cannot read.
+
+    Plain checkpoints and FSDP2's shards serve any number of ranks. ZeRO's are one flat piece for each
+    rank that wrote them; DeepSpeed's ds_to_universal would cut them anew, which is not done here.
+    """
+    any_ranks = (Strategy.ddp, Strategy.fsdp)
+    if wrote is strategy and (wrote in any_ranks or writers == ranks):
+        return
+    by = "1 rank" if writers == 1 else f"{writers} ranks"
+    so = f"launch.strategy={wrote}" + ("" if wrote in any_ranks else f" launch.processes={writers}")
+    if writers == 1:
+        so = "launch.processes=1, or launch.strategy=ddp with more"
+    raise ConfigError(
+        f"{checkpoint} was written with launch.strategy={wrote} by {by}, and this run would go on with "
+        f"launch.strategy={strategy} by {ranks}; set {so}, or delete {checkpoint.parent} to begin anew."
+    )
 
 
 def step_of(checkpoint: Path) -> int:
@@ -27,16 +78,23 @@ def step_of(checkpoint: Path) -> int:
 
 
 def tokens_seen(checkpoint: Path) -> int:
-    return int(json.loads((checkpoint / TOKENS).read_text())["tokens"])
+    return int(_stated(checkpoint)["tokens"])
+
+
+def _stated(checkpoint: Path) -> dict[str, Any]:
+    stated: dict[str, Any] = json.loads((checkpoint / SEAL).read_text())
+    return stated
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text())  # the last file to be written
-    except (OSError, json.JSONDecodeError):
+    if not (checkpoint / SEAL).is_file():
         return False
-    states = ("optimizer.pt", "scheduler.pt", "rng_state*.pth", TOKENS)
-    return all(list(checkpoint.glob(name)) for name in states)
+    files: dict[str, int] = _stated(checkpoint)["files"]  # some may be gone: an old one half removed
+    return all(_size(checkpoint / name) == size for name, size in files.items())
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
 
 
 def read_before(out: Path) -> dict[str, Any] | None:
@@ -52,11 +110,16 @@ def write_before(out: Path, measured: dict[str, Any]) -> None:
 
 
 def tidy(out: Path) -> None:
-    """Leave safetensors and text: optimiser states and pickles served only a resume."""
+    """Leave safetensors and text: shards, optimiser states and pickles served only a resume."""
     for path in out.rglob("*"):
         if path.suffix in (".bin", ".pt", ".pth") or path.name == BEFORE:
             path.unlink()
     for folder in out.rglob(CHECKPOINTS):
         (folder / "README.md").unlink(missing_ok=True)
+        for checkpoint in folder.iterdir():
+            if not list(checkpoint.glob("*.safetensors")):
+                shutil.rmtree(checkpoint)
+            else:
+                (checkpoint / SEAL).unlink(missing_ok=True)
         if not any(folder.iterdir()):
             folder.rmdir()

@@ -127,6 +127,20 @@ class Precision(StrEnum):
     fp16 = "fp16"
 
 
+class Strategy(StrEnum):
+    ddp = "ddp"
+    zero1 = "zero1"
+    zero2 = "zero2"
+    zero3 = "zero3"
+    fsdp = "fsdp"
+
+
+class Offload(StrEnum):
+    none = "none"
+    cpu = "cpu"
+    nvme = "nvme"
+
+
 class Dtype(StrEnum):
     auto = "auto"
     float32 = "float32"

@@ -23,6 +23,7 @@ from ftpipe.choices import (
     Format,
     Init,
     Method,
+    Offload,
     OnBadRow,
     Operation,
     OverLength,
@@ -30,6 +31,7 @@ from ftpipe.choices import (
     Part,
     Precision,
     Role,
+    Strategy,
     TemplateName,
     Use,
     WandbMode,
@@ -279,6 +281,32 @@ class EvolveConfig:
 
 
 @dataclass
+class ShardingConfig:
+    """What the strategies that shard can do besides; ``combinations`` says what goes with what."""
+
+    offload_optimizer: Offload = Offload.none  # zero1-3: optimiser states in host memory; zero3: or NVMe
+    offload_parameters: Offload = Offload.none  # zero3: weights in host memory or NVMe; fsdp: cpu, with
+    # gradients and optimiser states
+    nvme: str | None = None  # folder on a local NVMe disk, for what is offloaded there
+    reshard: bool = (
+        True  # fsdp: free a layer's weights after its forward pass; false: more memory, fewer
+    )
+    # messages, as zero2
+    bucket: int = 100_000_000  # zero1-3: weights of one message; less needs less memory
+
+    def check(self) -> None:
+        disk = Offload.nvme in (self.offload_optimizer, self.offload_parameters)
+        if disk and not self.nvme:
+            raise ConfigError("launch.sharding.nvme is not set; name a folder on a local NVMe disk.")
+        if self.nvme and not disk:
+            raise ConfigError(
+                f"launch.sharding.nvme={self.nvme} would be read by nothing; set "
+                "launch.sharding.offload_optimizer=nvme or offload_parameters=nvme."
+            )
+        require(self.bucket >= 1000, "launch.sharding.bucket", self.bucket, "at least 1000")
+
+
+@dataclass
 class LaunchConfig:
     """Where it runs. Changes speed and rounding, not what is computed."""
 
@@ -286,6 +314,11 @@ class LaunchConfig:
     processes: int = 1  # ranks on this machine
     micro_batch_size: int = 4  # rows per forward pass of one rank; batch_size is a multiple
     precision: Precision = Precision.auto  # auto: bf16 on cuda, fp32 on cpu
+    # ddp: every rank holds everything; zero1, zero2, zero3 (arXiv:1910.02054): ranks share out optimiser
+    # states, gradients too, weights too; fsdp: all three, by PyTorch (arXiv:2304.11277, FSDP2)
+    strategy: Strategy = Strategy.ddp
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
+    offload_activations: bool = False  # with gradient_checkpointing: what it keeps lies in host memory
     tf32: bool = False  # faster, rounder float32 products on Ampere GPUs and later
     threads: int | None = None  # CPU threads of one rank; null: the cores, shared out
     workers: int | None = None  # processes that prepare data; null: one a core, up to 16
@@ -301,6 +334,7 @@ class LaunchConfig:
         require(self.threads is None or self.threads >= 1, "launch.threads", self.threads, "at least 1")
         workers = self.workers
         require(workers is None or workers >= 1, "launch.workers", workers, "at least 1, or null")
+        self.sharding.check()
 
 
 @dataclass

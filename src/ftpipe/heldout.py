@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ftpipe.sequences import dealt
+from ftpipe.sharding import in_step
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -32,6 +33,7 @@ class HeldOut:
         accelerator = trainer.accelerator
         rank, world = accelerator.process_index, accelerator.num_processes
         self._batches = dealt(rows["length"][:], rank, world, batch_size)
+        self._most = len(dealt(rows["length"][:], 0, world, batch_size))
 
     def measure(self) -> dict[str, float]:
         return {"held_out_loss": self.loss()}
@@ -44,7 +46,7 @@ class HeldOut:
         model.eval()
         total = torch.zeros(2, dtype=torch.float64, device=device)  # nats, tokens
         with torch.no_grad(), trainer.compute_loss_context_manager():
-            for batch in self._batches:
+            for batch, counts in in_step(self._batches, self._most):
                 columns = [
                     {"input_ids": row["input_ids"], "labels": row["labels"]}
                     for row in self._rows.select(batch)
@@ -52,8 +54,9 @@ class HeldOut:
                 inputs = {key: value.to(device) for key, value in self._collate(columns).items()}
                 # TRL's fused head scores only learned positions, without building all logits
                 output = model(**inputs, use_cache=False, fused_lm_head=True)
-                total[0] -= output.log_probs.double().sum()
-                total[1] += output.label_mask.sum()
+                if counts:
+                    total[0] -= output.log_probs.double().sum()
+                    total[1] += output.label_mask.sum()
         model.train(was_training)
         nats, tokens = trainer.accelerator.reduce(total, reduction="sum").tolist()
         return float(nats / tokens)

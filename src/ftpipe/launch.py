@@ -10,13 +10,15 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from subprocess import Popen
 from typing import Any
 
-from ftpipe import artifacts, pipeline, provenance
+from ftpipe import artifacts, launch_settings, pipeline, provenance
 from ftpipe.artifacts import Artifact
-from ftpipe.choices import Device, Precision
+from ftpipe.choices import Device, Precision, Strategy
+from ftpipe.combinations import TRAIN
 from ftpipe.config import RunConfig
 from ftpipe.errors import ConfigError, DataError, UserError
 from ftpipe.orphans import end_with_parent
@@ -134,6 +136,8 @@ def _spawn(
     }
     artifacts.write_atomic(run / f"{name}.job.json", json.dumps(job, indent=1) + "\n")
     processes = cfg.launch.processes if step.stage.all_ranks else 1
+    if name not in TRAIN:  # there is nothing to share out
+        cfg = replace(cfg, launch=replace(cfg.launch, strategy=Strategy.ddp))
     process = Popen(
         launch_command(cfg, processes, run / "accelerate.yaml", run / f"{name}.job.json"),
         env=environment(cfg, processes),
@@ -177,7 +181,7 @@ def launch_command(cfg: RunConfig, processes: int, settings: Path, job: Path) ->
     if processes == 1:
         return [sys.executable, "-m", "ftpipe.worker", str(job)]
     launch = cfg.launch
-    lines = {
+    lines: dict[str, Any] = {
         "compute_environment": "LOCAL_MACHINE",
         # with a CPU, MULTI_GPU is what starts ranks that find each other through gloo
         "distributed_type": "MULTI_GPU",
@@ -188,7 +192,10 @@ def launch_command(cfg: RunConfig, processes: int, settings: Path, job: Path) ->
         "main_process_port": 0,
         "main_training_function": "main",
     }
-    artifacts.write_atomic(settings, "".join(f"{key}: {value}\n" for key, value in lines.items()))
+    lines |= launch_settings.shared_out(cfg, processes, settings.parent)
+    told = {key: value for key, value in lines.items() if value is not None}
+    # YAML takes dicts as Python prints them
+    artifacts.write_atomic(settings, "".join(f"{key}: {value}\n" for key, value in told.items()))
     return [
         *(sys.executable, "-m", "accelerate.commands.launch"),
         *("--config_file", str(settings), "--quiet"),
@@ -214,7 +221,9 @@ def environment(cfg: RunConfig, processes: int) -> dict[str, str]:
         DRIVER: os.getpid(),
     }
     if cfg.launch.device is Device.cpu:
-        fixed |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu"}
+        fixed |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+        if processes == 1 or cfg.launch.strategy not in launch_settings.STAGES:
+            fixed["ACCELERATE_USE_CPU"] = "true"  # accelerate leaves DeepSpeed out where it reads this
     else:  # one a rank: a process that sees several would spread one batch over them (DataParallel)
         fixed["CUDA_VISIBLE_DEVICES"] = ",".join(visible_gpus()[:processes])
     return {**os.environ, **{key: str(value) for key, value in fixed.items()}}

@@ -173,7 +173,9 @@ def open_weights(where: str, options: dict[str, Any], scored: bool) -> PreTraine
         ModelError: if they cannot be loaded, or some but the score's are missing.
     """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+    unset_hf_deepspeed_config()  # of a model before: this one is loaded whole, and shared out later
     options = {**options, "use_safetensors": True}
     missing: Collection[str] = ()
     try:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ftpipe import artifacts
+from ftpipe import artifacts, combinations
 from ftpipe.artifacts import Artifact
 from ftpipe.choices import SERVES, Init, PreferenceLoss, RewardKind, Start, Use
 from ftpipe.config import RunConfig
@@ -290,6 +290,7 @@ def plan(cfg: RunConfig, upto: str | None = None) -> list[Step]:
                 f"the recipe '{cfg.name}' has no stage '{upto}'; its stages are {', '.join(names)}."
             )
         names = names[: names.index(upto) + 1]
+    combinations.check(cfg, names)
     root = Path(cfg.output)
     digests = Digests(_memory(cfg))
     latest: dict[str, Step] = {}

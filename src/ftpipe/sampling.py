@@ -98,7 +98,7 @@ class Answers:
     def _text(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
-    def write(self, path: Path, before: list[str]) -> None:
+    def write(self, path: Path, before: list[str], after: list[str]) -> None:
         """Write prompts, the answers before and after, and the held-out answers, as Markdown."""
         if not self._prompts:
             return
@@ -109,7 +109,7 @@ class Answers:
                 "After": new,
                 "Held-out answer": self._text(list(one.answer)),
             }
-            for one, old, new in zip(self._prompts, before, self.give(), strict=True)
+            for one, old, new in zip(self._prompts, before, after, strict=True)
         ]
         path.write_text(markdown(shown), encoding="utf-8")
 

@@ -148,14 +148,18 @@ class Collate:
         self, rows: Dataset, pad: int, layout: Layout, dtype: torch.dtype = torch.float32
     ) -> None:
         self._rows = rows.select_columns(["input_ids", "labels"]).with_format("numpy")
-        self._pad = pad
+        self.pad = pad
+        self.lay_out(layout, dtype)
+
+    def lay_out(self, layout: Layout, dtype: torch.dtype) -> None:
+        """Lay out the batches from now on."""
         self._layout = layout
         self._dtype = dtype
 
     def __call__(self, chosen: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return the batch of the sequences that a trainer's dataset yields."""
         packs = [[self._row(at) for at in one["rows"]] for one in chosen]
-        return collate(packs, self._pad, self._layout, self._dtype)
+        return collate(packs, self.pad, self._layout, self._dtype)
 
     def _row(self, at: int) -> Row:
         found = self._rows[at]

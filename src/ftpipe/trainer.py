@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import Trainer
 from trl import SFTTrainer
 
-if TYPE_CHECKING:
-    import torch
+from ftpipe import checkpoints, modeling, sharding
+from ftpipe.artifacts import write_atomic
+from ftpipe.choices import Precision, Strategy
+from ftpipe.launch_settings import in_force
 
+if TYPE_CHECKING:
+    from ftpipe.config import LaunchConfig
     from ftpipe.sequences import Order
+
+SHARDS, SCHEDULE = "shards", "schedule.json"  # in a checkpoint of FSDP2
 
 
 class Ordered(Trainer):
@@ -19,12 +29,17 @@ class Ordered(Trainer):
     Also where several ranks resume in a later epoch: accelerate passes the epoch only to a sampler that
     it finds.
 
+    Where ranks share out weights, gradients or optimiser states, a checkpoint holds the shards alone,
+    and ``save_model`` writes what is whole.
+
     Attributes:
         tokens_seen: so far by all ranks, without padding; whoever computes the loss counts them.
     """
 
-    def __init__(self, order: Order, **options: Any) -> None:
+    def __init__(self, order: Order, launch: LaunchConfig, **options: Any) -> None:
         self._order = order
+        self._launch = launch
+        self.strategy, self._ranks = in_force(launch)
         self.tokens_seen = 0
         super().__init__(**options)
 
@@ -35,6 +50,93 @@ class Ordered(Trainer):
         self._order.set_epoch(options["epoch"])
         super()._run_epoch(**options)  # type: ignore[no-untyped-call]
 
+    @property
+    def shares_out(self) -> bool:
+        """Say whether ranks share out weights, gradients or optimiser states."""
+        return self.strategy is not Strategy.ddp
+
+    @property
+    def compute(self) -> torch.dtype | None:
+        """Return the dtype that products are computed in; None: that of the weights."""
+        precision = self._launch.precision
+        return None if precision is Precision.fp32 else modeling.TORCH[precision]
+
+    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
+        if not self.shares_out:  # else it goes there in shards
+            super()._move_model_to_device(model, device)
+
+    def _prepare_for_training(self, *given: Any, **options: Any) -> Any:
+        if self.strategy is Strategy.fsdp:
+            sharding.fully_shard(self._net, self._launch.sharding, self.compute)
+            # the Trainer then leaves a model alone that brings its own placement and reduction
+            self.is_distributed_loading_by_transformers = True
+        prepared = super()._prepare_for_training(*given, **options)  # type: ignore[no-untyped-call]
+        found = sharding.found(self.model_wrapped)
+        if self.args.world_size > 1 and found is not self.strategy:
+            raise RuntimeError(f"launch.strategy={self.strategy} is not in force; what is: {found}")
+        return prepared
+
+    def _defer_fsdp_gradient_reduction(self) -> Any:
+        """Share out the gradients of each micro-batch: to keep them takes memory for all of them."""
+        return nullcontext()
+
+    def compute_loss_context_manager(self) -> ExitStack:
+        """Compute in the run's precision: a reference too, or a model without its wrapper."""
+        stack = super().compute_loss_context_manager()
+        if self.compute is not None:
+            stack.enter_context(torch.autocast(self.args.device.type, self.compute))
+        return stack
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what is trained as one would load it, from the first rank."""
+        if not self.shares_out:
+            super().save_model(output_dir, _internal_call)
+        elif not _internal_call:
+            state = sharding.whole(self._net)
+            if self.args.should_save:
+                self._save(output_dir, state)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a checkpoint, each rank its part, and seal it when all have."""
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+            checkpoints.seal(folder, self.tokens_seen, self.strategy, self._ranks)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.strategy is not Strategy.fsdp:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        sharding.save_shards(Path(output_dir) / SHARDS, self._net, self._stepper)
+        if self.args.should_save:
+            assert self.lr_scheduler is not None
+            write_atomic(Path(output_dir) / SCHEDULE, json.dumps(self.lr_scheduler.state_dict()))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.strategy is not Strategy.fsdp:  # its shards are read when the model is in shards
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self.strategy is not Strategy.fsdp:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        sharding.load_shards(Path(checkpoint) / SHARDS, self._net, self._stepper)
+        assert self.lr_scheduler is not None
+        self.lr_scheduler.load_state_dict(json.loads((Path(checkpoint) / SCHEDULE).read_text()))
+
+    @property
+    def _net(self) -> torch.nn.Module:
+        assert isinstance(self.model, torch.nn.Module)
+        return self.model
+
+    @property
+    def _stepper(self) -> torch.optim.Optimizer:
+        """Return torch's optimiser, which accelerate wraps."""
+        found = getattr(self.optimizer, "optimizer", self.optimizer)
+        assert isinstance(found, torch.optim.Optimizer)
+        return found
+
 
 class DemonstrationTrainer(Ordered, SFTTrainer):
     """TRL's trainer of demonstrations. It departs from TRL in two points besides the order.
@@ -44,8 +146,8 @@ class DemonstrationTrainer(Ordered, SFTTrainer):
     2. Tokens seen are those of rows, without padding.
     """
 
-    def __init__(self, order: Order, **options: Any) -> None:
-        super().__init__(order, **options)
+    def __init__(self, order: Order, launch: LaunchConfig, **options: Any) -> None:
+        super().__init__(order, launch, **options)
         self.model_accepts_loss_kwargs = True
 
     def compute_loss(

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import json
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from transformers import TrainerCallback
 
-from ftpipe.artifacts import write_atomic
-from ftpipe.checkpoints import TOKENS
 from ftpipe.logs import on_terminal, say
 
 if TYPE_CHECKING:
@@ -35,13 +31,9 @@ class Report(TrainerCallback):
 
     Args:
         every: steps between measures; 0: none on the way.
-        tokens: says how many tokens were seen so far.
     """
 
-    def __init__(
-        self, tracker: Tracker | None, held_out: Measure | None, every: int, tokens: Callable[[], int]
-    ) -> None:
-        self._tokens = tokens
+    def __init__(self, tracker: Tracker | None, held_out: Measure | None, every: int) -> None:
         self._tracker = tracker
         self._held_out = held_out
         self._every = every
@@ -66,15 +58,6 @@ class Report(TrainerCallback):
             self._tracker.log(state.global_step, measured)
         say(f"step {state.global_step}/{state.max_steps}  {in_words(measured)}")
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Complete a checkpoint by what a Trainer leaves out of it: how many tokens were seen."""
-        if self._tracker is not None:
-            checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-            seen = {"tokens": self._tokens()}
-            write_atomic(checkpoint / TOKENS, json.dumps(seen))
-
     def on_log(
         self,
         args: TrainingArguments,
@@ -97,6 +80,18 @@ class Report(TrainerCallback):
                 f"grad norm {metrics.get('grad_norm', 0.0):.3f}  {rate:.2f} steps/s  "
                 f"{left / 60:.1f} min left"
             )
+
+
+class Beginning(TrainerCallback):
+    """Calls something when a Trainer has its model ready, before the first step."""
+
+    def __init__(self, first: Callable[[], object]) -> None:
+        self._first = first
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._first()
 
 
 def in_words(measured: Mapping[str, float]) -> str:

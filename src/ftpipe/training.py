@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ftpipe import launch_settings
 from ftpipe.checkpoints import CHECKPOINTS, tokens_seen
-from ftpipe.choices import Device, Optimizer, Precision
+from ftpipe.choices import Device, Optimizer, Precision, Strategy
 from ftpipe.errors import ConfigError
 from ftpipe.logs import on_terminal, say
+from ftpipe.trainer_callbacks import Beginning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerState
@@ -36,6 +39,7 @@ def arguments(training: TrainingConfig, launch: LaunchConfig, seed: int, out: Pa
     """Return transformers' TrainingArguments; nothing is left to their defaults silently."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     on_gpu = launch.device is Device.cuda
+    zero = world > 1 and launch.strategy in launch_settings.STAGES
     return {
         "output_dir": str(out / CHECKPOINTS),
         "seed": seed,
@@ -62,10 +66,11 @@ def arguments(training: TrainingConfig, launch: LaunchConfig, seed: int, out: Pa
         "remove_unused_columns": False,  # the collators fetch rows by the columns they are given
         "dataloader_pin_memory": on_gpu,
         # number formats and memory
-        "bf16": launch.precision is Precision.bf16,
+        "bf16": launch.precision is Precision.bf16 and not zero,  # DeepSpeed has an autocast of its own
         "fp16": launch.precision is Precision.fp16,
         "tf32": launch.tf32 if on_gpu else None,
         "gradient_checkpointing": training.gradient_checkpointing,
+        "activation_checkpointing_kwargs": checkpointing(launch),
         # what is shown and kept
         "logging_steps": training.log_every,
         "logging_first_step": True,
@@ -77,6 +82,16 @@ def arguments(training: TrainingConfig, launch: LaunchConfig, seed: int, out: Pa
         "save_steps": training.save_every or 1,
         "save_total_limit": training.keep_checkpoints,
     }
+
+
+def checkpointing(launch: LaunchConfig) -> dict[str, bool]:
+    """Return how activations are computed again in the backward pass, and where inputs lie meanwhile.
+
+    Under ZeRO-3 by PyTorch's older way, which computes a layer again as a whole: the newer one compares
+    what it saved with frozen weights that are gone by then (github.com/huggingface/trl/issues/2514).
+    """
+    older = launch.strategy is Strategy.zero3
+    return {"use_reentrant": older, "offload": launch.offload_activations}
 
 
 def check_positions(model: PreTrainedModel, longest: int) -> None:
@@ -98,8 +113,14 @@ def grouping(training: TrainingConfig) -> int | None:
     return training.batch_size if training.group_by_length else None
 
 
-def train(trainer: Ordered, checkpoint: Path | None) -> dict[str, float]:
-    """Train to the end, from a checkpoint if there is one; return what ``summary`` says of it."""
+def train(trainer: Ordered, checkpoint: Path | None, first: Callable[[], object]) -> dict[str, float]:
+    """Train to the end, from a checkpoint if there is one; return what ``summary`` says of it.
+
+    Args:
+        first: called on every rank before the first step, when the model is where it is trained, and in
+            shards if it is to be.
+    """
+    trainer.add_callback(Beginning(first))
     if checkpoint is not None:
         say(f"continuing from {checkpoint.name}")
         trainer.tokens_seen = tokens_seen(checkpoint)

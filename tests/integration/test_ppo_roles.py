@@ -246,7 +246,7 @@ def value_of(made: Made, roles: Roles) -> Any:
 
 
 def oracle(made: Made, roles: Roles, out: Path) -> Oracle:
-    roles.save(out)
+    roles.save(out, first=True)
     full = roles.shared is None
     policy = plain(made, None if full else out, whole=out if full else None)
     came = made.inputs["policy"].path if full and "policy" in made.inputs else None

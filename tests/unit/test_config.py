@@ -158,6 +158,7 @@ BAD: list[tuple[str, Any]] = [
     ("launch.micro_batch_size", 0),
     ("launch.threads", 0),
     ("launch.workers", 0),
+    ("launch.sharding.bucket", 999),
 ]
 
 FINE: list[tuple[str, Any]] = [
@@ -233,6 +234,7 @@ FINE: list[tuple[str, Any]] = [
     ("launch.processes", 2),
     ("launch.micro_batch_size", 1),
     ("launch.threads", 1),
+    ("launch.sharding.bucket", 1000),
 ]
 
 

@@ -20,7 +20,7 @@ import yaml
 
 from ftpipe import artifacts, launch, pipeline, schema
 from ftpipe.artifacts import Artifact
-from ftpipe.choices import Device, EvalFormat, Precision
+from ftpipe.choices import Device, EvalFormat, Precision, Strategy
 from ftpipe.config import EvalSetConfig, RunConfig
 from ftpipe.errors import BusyError, ConfigError, DataError, UserError
 from ftpipe.launch import StageFailed, environment, launch_command, resolve_device, run_stage
@@ -262,6 +262,27 @@ def test_ranks_are_for_the_stages_that_use_them(
     monkeypatch.setattr(launch, "launch_command", command)
     made, _ = run_stage(cfg, step, {}, run, ["ftpipe"])
     assert (asked, made.manifest["provenance"]["world_size"]) == ([world_size], world_size)
+
+
+@pytest.mark.parametrize(("stage", "strategy"), [("reference", "ddp"), ("sft", "zero2")])
+def test_only_what_trains_is_shared_out(
+    cfg: RunConfig, monkeypatch: pytest.MonkeyPatch, stage: str, strategy: str
+) -> None:
+    cfg.launch.processes, cfg.launch.strategy = 2, Strategy.zero2
+    step, run = first_step(cfg)
+    step = dataclasses.replace(step, stage=dataclasses.replace(step.stage, name=stage, all_ranks=True))
+    asked: list[str] = []
+    stand_in(monkeypatch, DONE)
+    stand = launch.launch_command
+
+    def command(cfg: RunConfig, processes: int, settings: Path, job: Path) -> list[str]:
+        asked.append(cfg.launch.strategy)
+        return stand(cfg, processes, settings, job)
+
+    monkeypatch.setattr(launch, "launch_command", command)
+    made, _ = run_stage(cfg, step, {}, run, ["ftpipe"])
+    assert asked == [strategy]
+    assert made.manifest["config"]["launch"]["strategy"] == "zero2"  # as it was asked for
 
 
 def test_a_stage_that_is_made_already_is_not_built_again(

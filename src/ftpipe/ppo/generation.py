@@ -7,6 +7,7 @@ the number of ranks, or how often a run was interrupted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, cast
 
@@ -75,6 +76,7 @@ def answers(
     ppo: PpoConfig,
     stops: Collection[int],
     pad: int,
+    passes: int = 0,
 ) -> list[Answer]:
     """Return an answer to each prompt, in their order.
 
@@ -83,8 +85,11 @@ def answers(
     Args:
         keys: of the random numbers of each answer, see ``uniforms``.
         stops: ids of tokens that end an answer.
+        passes: how many batches the busiest rank has, where all are to make as many.
     """
     size = ppo.generation_batch_size or max(len(prompts), 1)
+    for _ in range(passes - rounds(len(prompts), ppo)):
+        _generate(model, [[pad]], torch.zeros((1, ppo.max_new_tokens)), ppo, stops, pad)
     found: dict[int, Answer] = {}
     for chosen in dealt([len(prompt) for prompt in prompts], 0, 1, size):
         numbers_BT = torch.stack([uniforms(keys[at], ppo.max_new_tokens) for at in chosen])
@@ -93,6 +98,11 @@ def answers(
             cut = until_stop(tokens, stops)
             found[at] = Answer(tuple(prompts[at]), tuple(cut), cut[-1] in stops)
     return [found[at] for at in range(len(prompts))]
+
+
+def rounds(count: int, ppo: PpoConfig) -> int:
+    """Return in how many batches so many prompts are answered."""
+    return math.ceil(count / (ppo.generation_batch_size or max(count, 1)))
 
 
 def until_stop(tokens: Sequence[int], stops: Collection[int]) -> Sequence[int]:

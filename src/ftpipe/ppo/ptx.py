@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -65,7 +65,8 @@ class Demonstrations:
         device = self.updater.roles.device
         whole = torch.zeros((), device=device)
         with self.updater.roles.acting(Role.policy) as model:
-            for batch in batches[ranks.rank :: ranks.world]:
+            mine = batches[ranks.rank :: ranks.world]
+            for batch in mine + (ranks.most(len(mine)) - len(mine)) * [_unlearned(batches[0])]:
                 given = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
                 with self.updater.autocast():
                     logits_BLV = model(**given, use_cache=False).logits
@@ -79,3 +80,8 @@ class Demonstrations:
                 (self.updater.ppo.ptx_weight * loss).backward()
                 whole += loss.detach()
         return whole
+
+
+def _unlearned(batch: dict[str, Any]) -> dict[str, Any]:
+    """Return a batch that teaches nothing, for the passes that other ranks make."""
+    return batch | {"labels": torch.full_like(batch["labels"], IGNORED)}

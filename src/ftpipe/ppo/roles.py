@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from ftpipe import modeling, policy
-from ftpipe.choices import Algorithm, Device, Method, RewardKind, ValueStart
+from ftpipe import modeling, policy, sharding
+from ftpipe.choices import Algorithm, Device, Method, Precision, RewardKind, Strategy, ValueStart
 from ftpipe.errors import ConfigError
+from ftpipe.launch_settings import in_force
 from ftpipe.logs import say
 from ftpipe.policy import POLICY, REFERENCE, Incoming
 from ftpipe.ppo.adapters import Member, SharedBase, reward_members
@@ -114,10 +115,18 @@ class Roles:
         for model in self.models.values():
             model.train(mode)
 
-    def save(self, out: Path) -> None:
-        """Write the policy as it can be loaded by itself: its adapter, or all weights."""
+    def save(self, out: Path, first: bool) -> None:
+        """Write the policy as it can be loaded by itself. Call on all ranks.
+
+        Args:
+            first: this is the rank that writes.
+        """
+        model = self.models[Role.policy]
+        state = sharding.whole(model) if sharding.found(model) is not None else None
+        if not first:
+            return
         if self.shared is None:
-            self.models[Role.policy].save_pretrained(str(out))
+            model.save_pretrained(str(out), state_dict=state)
             return
         # PEFT would save the embeddings whole where they have grown; the adapter holds every new row
         options: dict[str, Any] = {"selected_adapters": [POLICY], "save_embedding_layers": False}
@@ -197,7 +206,7 @@ def _shared(
     modeling.no_dropout(model)
     if cfg.ppo.gradient_checkpointing:
         model.enable_input_require_grads()
-        base.activation_checkpointing_enable({"use_reentrant": False})
+        _checkpoint(cfg, base)
     model.set_adapter(POLICY)
     shared.flag()
     if cfg.adapter.method is not Method.qlora:  # 4 bits lie where they were loaded
@@ -211,6 +220,22 @@ def _shared(
         rewards = _own_reward(cfg, rewarded, tokenizer, device)
     whole = cast("PreTrainedModel", model.get_base_model())
     return Roles(shared, dict.fromkeys(Role, whole), head, rewards)
+
+
+def shared_out(cfg: RunConfig) -> bool:
+    """Say whether ranks share out the weights of the roles."""
+    return in_force(cfg.launch)[0] is Strategy.fsdp
+
+
+def _shard(cfg: RunConfig, model: torch.nn.Module) -> None:
+    precision = cfg.launch.precision
+    compute = None if precision is Precision.fp32 else modeling.TORCH[precision]
+    sharding.fully_shard(model, cfg.launch.sharding, compute, hold=False, summed=True)
+
+
+def _checkpoint(cfg: RunConfig, model: PreTrainedModel) -> None:
+    kept = cfg.launch.offload_activations
+    model.activation_checkpointing_enable({"use_reentrant": False}, offload=kept)
 
 
 def _value_adapter(
@@ -249,10 +274,17 @@ def _separate(
         models[Role.value], head = _value_model(cfg, start, tokenizer, first if whole else None, stated)
     for role, model in models.items():
         modeling.no_dropout(model)
-        model.to(device).eval()  # type: ignore[arg-type]
+        model.eval()
+        if shared_out(cfg):  # the value function's head is asked for by itself
+            _shard(cfg, body_of(model) if role is Role.value else model)
+        else:
+            model.to(device)  # type: ignore[arg-type]
         if cfg.ppo.gradient_checkpointing and role is not Role.reference:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            _checkpoint(cfg, model)
     rewards = _own_reward(cfg, rewarded, tokenizer, device) if rewarded is not None else None
+    if rewards is not None and shared_out(cfg):
+        for scorer in rewards.models:
+            _shard(cfg, scorer)
     return Roles(None, models, None if head is None else head.to(device), rewards)
 
 
@@ -284,7 +316,7 @@ def _value_model(
 
 def _own_reward(
     cfg: RunConfig, folder: Path, tokenizer: PreTrainedTokenizerBase, device: torch.device
-) -> Rewards:
+) -> reward_model.RewardModel:
     """Return the reward model as one of its own, held as when it was normalised."""
     say("the reward model has a base of its own in memory")
     return reward_model.load(

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.lr_scheduler import LRScheduler
 
+from ftpipe import sharding
 from ftpipe.artifacts import write_atomic
 
 WEIGHTS, OPTIMIZER, STATE = "trained.safetensors", "optimizer.safetensors", "state.json"
@@ -50,7 +52,7 @@ def save(
     folder: Path,
     progress: Progress,
     weights: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer,
+    optimizer: Mapping[str, Any],
     schedule: LRScheduler,
     keep: int,
 ) -> None:
@@ -59,12 +61,13 @@ def save(
     Args:
         folder: its own; one that is not named ``checkpoint-N`` is for a person, nothing resumes from it.
         weights: all that is trained, by name.
+        optimizer: its state.
         schedule: of the learning rate.
     """
     partial = folder.with_name(f"partial-{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    tensors, rest = _apart(optimizer.state_dict())
+    tensors, rest = _apart(optimizer)
     save_file(_whole(weights), str(partial / WEIGHTS))
     save_file(_whole(tensors), str(partial / OPTIMIZER))
     told = {"optimizer": rest, "schedule": schedule.state_dict(), "progress": asdict(progress)}
@@ -92,7 +95,7 @@ def restore(
     assert held.keys() == weights.keys(), "the fingerprint lets no other model come here"
     with torch.no_grad():
         for name, weight in weights.items():
-            weight.copy_(held[name])
+            sharding.put(held[name], weight)
     told = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     tensors = load_file(str(checkpoint / OPTIMIZER))
     optimizer.load_state_dict(_together(tensors, told["optimizer"]))
@@ -101,6 +104,9 @@ def restore(
         at, *_, name = path.split("/")
         state = optimizer.state[trained[int(at)]]
         state[name] = value.to(state[name].device)
+        weight = trained[int(at)]
+        if isinstance(weight, DTensor) and value.dim():
+            state[name] = distribute_tensor(state[name], weight.device_mesh, weight.placements)
     schedule.load_state_dict(told["schedule"])
     return Progress(**told["progress"])
 

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import gather_object
 
+from ftpipe import sharding
 from ftpipe.errors import HealthError
 from ftpipe.logs import say
 from ftpipe.ppo import functions, generation, health, state
@@ -190,10 +191,13 @@ class PpoTrainer:
 
     def draw(self, prompts: Sequence[Sequence[int]], keys: Sequence[Sequence[int]]) -> list[Answer]:
         """Return answers of the policy, drawn by the random numbers of their keys."""
-        if not prompts:
+        rounds = self.ranks.most(generation.rounds(len(prompts), self.ppo))
+        if not rounds:
             return []
         with self.roles.acting(Role.policy) as model, self.updater.autocast():
-            return generation.answers(model, prompts, keys, self.ppo, self.stops, self.updater.pad)
+            return generation.answers(
+                model, prompts, keys, self.ppo, self.stops, self.updater.pad, rounds
+            )
 
     def judge(self, answers: Sequence[Answer], places: Sequence[int]) -> list[Judged]:
         """Return all ranks' answers with what every role says of them, in the order of their places."""
@@ -202,6 +206,10 @@ class PpoTrainer:
         batches = [
             lay([answers[at] for at in piece], self.updater.pad, self.roles.device) for piece in pieces
         ]
+        if idle := self.ranks.most(len(batches)) - len(batches):  # passes that others make
+            pad = self.updater.pad
+            spare = lay([Answer((pad,), (pad,), ended=True)], pad, self.roles.device)
+            batches += idle * [spare]
         with torch.no_grad():
             found = self._logps(batches) | {"values": self._values(batches)}
             if self.roles.rewards is not None:
@@ -276,15 +284,16 @@ class PpoTrainer:
 
     def _save(self, name: str = state.CHECKPOINT) -> Path:
         folder = self.checkpoints / f"{name}-{self.progress.rollouts}"
+        weights, held = self.weights(), self.updater.optimizer.state_dict()
+        if self.ranks.shards:
+            weights = {name: sharding.full(weight) for name, weight in weights.items()}
+            held["state"] = {
+                number: {name: sharding.full(value) for name, value in one.items()}
+                for number, one in held["state"].items()
+            }
         if self.ranks.rank == 0:
-            state.save(
-                folder,
-                self.progress,
-                self.weights(),
-                self.updater.optimizer,
-                self.schedule,
-                self.ppo.keep_checkpoints,
-            )
+            keep = self.ppo.keep_checkpoints
+            state.save(folder, self.progress, weights, held, self.schedule, keep)
         return folder
 
 

@@ -11,14 +11,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from accelerate.utils import gather_object
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from ftpipe import sharding
 from ftpipe.choices import Precision
 from ftpipe.errors import HealthError
 from ftpipe.ppo import kl, losses
@@ -51,6 +54,14 @@ class Ranks:
 
     rank: int = 0
     world: int = 1
+    shards: bool = False  # of weights: every pass gathers them, so all ranks make as many
+
+    def most(self, own: int) -> int:
+        """Return the most passes that a rank has to make, where all must make as many; else its own."""
+        if not self.shards:
+            return own
+        everyone: list[int] = gather_object([own])
+        return max(everyone)
 
     def sum(self, values: Sequence[Tensor]) -> None:
         """Add up tensors over the ranks, in place, in one message for each dtype."""
@@ -126,6 +137,10 @@ class Updater:
         lengths = [len(found.answers[at].prompt) + len(found.answers[at].tokens) for at in mine]
         dealt_out = dealt(lengths, 0, 1, self.micro_batch)
         pieces = [self._piece(found, [mine[at] for at in some]) for some in dealt_out]
+        idle = self.ranks.most(len(pieces)) - len(pieces)
+        if idle:  # passes that others make: the same, and nothing learned from it
+            spare = pieces[0] if pieces else self._piece(found, [int(chosen[0])])
+            pieces += idle * [replace(spare, learned_BT=torch.zeros_like(spare.learned_BT))]
         device, how = self.roles.device, self.ppo.weighting
         total = losses.weight(found.learned_BT[torch.from_numpy(chosen)], how).to(device)
         sums: dict[str, Tensor] = {}
@@ -231,9 +246,13 @@ class Updater:
                 if weight.grad is None:  # a rank without an answer in this minibatch
                     weight.grad = torch.zeros_like(weight)
             gradients = [weight.grad for weight in weights if weight.grad is not None]
-            self.ranks.sum(gradients)
+            # FSDP2 has added up those of its shards in the backward pass
+            self.ranks.sum([one for one in gradients if not isinstance(one, DTensor)])
             most = self.ppo.max_grad_norm or math.inf
-            norm = torch.nn.utils.clip_grad_norm_(weights, most).item()
+            if self.ranks.shards:
+                norm = sharding.clip(weights, most)
+            else:
+                norm = torch.nn.utils.clip_grad_norm_(weights, most).item()
             if not math.isfinite(norm):
                 raise HealthError(
                     f"the gradient of the {role} is {norm} in rollout {rollout + 1}; lower "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import starmap
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ from ftpipe.choices import PreferenceLoss
 from ftpipe.preferences.logps import reply_logps
 from ftpipe.preferences.trainer import weighed
 from ftpipe.sequences import dealt
+from ftpipe.sharding import in_step
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -40,7 +42,8 @@ class HeldOutPreferences:
         self._units = units
         accelerator = trainer.accelerator
         rank, world = accelerator.process_index, accelerator.num_processes
-        self._batches = dealt(units["length"][:], rank, world, batch_size)
+        mine = dealt(units["length"][:], rank, world, batch_size)
+        self._batches = list(in_step(mine, len(dealt(units["length"][:], 0, world, batch_size))))
 
     def measure(self) -> dict[str, float]:
         """Return the loss and the measures of held-out rows, each named ``held_out_...``."""
@@ -67,9 +70,8 @@ class HeldOutPreferences:
         names = trainer.measured()
         sums = {name: torch.zeros(2, dtype=torch.float64, device=device) for name in ("loss", *names)}
         if trainer.dpo.loss is PreferenceLoss.kto:  # its reference point is that of all held-out rows
-            kept, trainer.kl = trainer.kl, trainer.reference_point(map(self._batch, self._batches))
-        for chosen in self._batches:
-            inputs = self._batch(chosen)
+            kept, trainer.kl = trainer.kl, trainer.reference_point(starmap(self._batch, self._batches))
+        for inputs in starmap(self._batch, self._batches):
             ref_N = trainer.reference_logps(inputs)
             with torch.no_grad(), trainer.compute_loss_context_manager():
                 logps_N = reply_logps(policy, inputs)
@@ -82,6 +84,7 @@ class HeldOutPreferences:
             trainer.kl = kept
         return sums
 
-    def _batch(self, chosen: Sequence[int]) -> dict[str, Any]:
+    def _batch(self, chosen: Sequence[int], counts: bool) -> dict[str, Any]:
         batch = self._collate(list(self._units.select(chosen)))
+        batch["real"] = batch["real"] * counts
         return {key: value.to(self._trainer.args.device) for key, value in batch.items()}

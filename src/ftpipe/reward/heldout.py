@@ -17,6 +17,7 @@ from ftpipe.data.encode import IGNORED
 from ftpipe.reward.batches import pad_right, ranked
 from ftpipe.reward.measures import rightness
 from ftpipe.sequences import dealt
+from ftpipe.sharding import in_step
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -79,13 +80,15 @@ class Scorer:
         was_training = self._model.training
         self._model.eval()
         with torch.no_grad(), self._trainer.compute_loss_context_manager():
-            for batch in dealt(lengths, rank, world, self._batch_size):
+            most = len(dealt(lengths, 0, world, self._batch_size))
+            for batch, counts in in_step(dealt(lengths, rank, world, self._batch_size), most):
                 ids_NL, mask_NL = pad_right([replies.fetch(n) for n in batch], self._pad)
                 output = self._model(
                     input_ids=ids_NL.to(accelerator.device),
                     attention_mask=mask_NL.to(accelerator.device),
                 )
-                found[batch] = output.logits[:, 0].double()
+                if counts:
+                    found[batch] = output.logits[:, 0].double()
         self._model.train(was_training)
         rewards_N: Floats = accelerator.reduce(found, reduction="sum").cpu().numpy()
         return rewards_N

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoTokenizer, PrinterCallback, TrainingArguments, set_seed
 
-from ftpipe import checkpoints, modeling, policy, training
+from ftpipe import checkpoints, modeling, policy, sharding, training
 from ftpipe.artifacts import Artifact
-from ftpipe.choices import Method, Part, PreferenceLoss, Use
+from ftpipe.choices import Method, Part, PreferenceLoss, Strategy, Use
 from ftpipe.config import RunConfig
 from ftpipe.data import table
 from ftpipe.errors import ModelError
+from ftpipe.launch_settings import in_force
 from ftpipe.logs import say
 from ftpipe.preferences import batches, logps, reference
 from ftpipe.preferences import policy as preference_policy
@@ -85,18 +86,21 @@ def run(cfg: RunConfig, inputs: Mapping[str, Artifact], out: Path) -> dict[str, 
         say("no sample answers: no rows are held out (data.validation=0)")
     prompts = asked(validation.rows, use, cfg.dpo.samples)
     answers = Answers(model, tokenizer, prompts, cfg.dpo.sample_tokens)
-    checkpoint = checkpoints.last_checkpoint(out / checkpoints.CHECKPOINTS)
-    if checkpoint is None and cfg.dpo.loss not in REFERENCE_FREE:
-        check_reference(trainer, train)
-    before = _before(out, checkpoint is not None, held_out, answers)
+    checkpoint = checkpoints.last_checkpoint(out / checkpoints.CHECKPOINTS, *in_force(cfg.launch))
+    before: dict[str, Any] = {}
+
+    def first() -> None:
+        if checkpoint is None and cfg.dpo.loss not in REFERENCE_FREE:
+            check_reference(trainer, train)
+        before.update(_before(out, checkpoint is not None, held_out, answers))
 
     with ExitStack() as stack:
         tracker = None
         if trainer.is_world_process_zero():
             done = checkpoints.step_of(checkpoint) if checkpoint else 0
             tracker = stack.enter_context(Tracker(cfg, "dpo", out, done))
-        trainer.add_callback(Report(tracker, held_out, cfg.dpo.eval_every, lambda: trainer.tokens_seen))
-        metrics = training.train(trainer, checkpoint)
+        trainer.add_callback(Report(tracker, held_out, cfg.dpo.eval_every))
+        metrics = training.train(trainer, checkpoint, first)
         if held_out is not None:
             metrics |= {f"{name}_before": value for name, value in before["held_out"].items()}
             metrics |= held_out.measure()
@@ -104,8 +108,9 @@ def run(cfg: RunConfig, inputs: Mapping[str, Artifact], out: Path) -> dict[str, 
             tracker.summary(metrics)
     trainer.accelerator.wait_for_everyone()  # a rank may still be writing its part of a checkpoint
     trainer.save_model(str(out))
+    after = answers.give()
     if trainer.is_world_process_zero():
-        answers.write(out / "samples.md", before["answers"])
+        answers.write(out / "samples.md", before["answers"], after)
         checkpoints.tidy(out)
     return metrics
 
@@ -161,6 +166,7 @@ def make_trainer(
     units = train.units(cfg.dpo.batch_size)
     trainer = PreferenceTrainer(
         order=Order(units["length"][:], cfg.seed, training.grouping(cfg.dpo)),
+        launch=cfg.launch,
         dpo=cfg.dpo,
         reference=None,
         model=loaded.model,
@@ -178,7 +184,11 @@ def make_trainer(
         trainer.reference = logps.adapter_reference(adapted, autocast)
     elif loaded.frozen is not None:
         frozen: torch.nn.Module = loaded.frozen
-        trainer.reference = logps.model_reference(frozen.to(trainer.args.device), autocast)
+        if trainer.strategy is Strategy.fsdp:
+            sharding.fully_shard(frozen, cfg.launch.sharding, trainer.compute)
+        else:
+            frozen.to(trainer.args.device)
+        trainer.reference = logps.model_reference(frozen, autocast)
     return trainer, loaded.model
 
 

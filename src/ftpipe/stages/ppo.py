@@ -21,7 +21,7 @@ from accelerate import PartialState
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoTokenizer, Trainer, TrainingArguments, get_scheduler, set_seed
 
-from ftpipe import checkpoints, modeling, policy, training
+from ftpipe import checkpoints, modeling, policy, sharding, training
 from ftpipe.artifacts import Artifact, write_atomic
 from ftpipe.choices import Device, Part, Precision, RewardKind, Use
 from ftpipe.config import RunConfig
@@ -30,7 +30,7 @@ from ftpipe.errors import ConfigError, DataError, ModelError
 from ftpipe.logs import say
 from ftpipe.ppo import functions, plots
 from ftpipe.ppo.ptx import Demonstrations
-from ftpipe.ppo.roles import Role, Roles, load
+from ftpipe.ppo.roles import Role, Roles, load, shared_out
 from ftpipe.ppo.trainer import PpoTrainer, held_out
 from ftpipe.ppo.update import Ranks, Updater
 from ftpipe.reward import gate
@@ -90,8 +90,8 @@ def run(cfg: RunConfig, inputs: Mapping[str, Artifact], out: Path) -> dict[str, 
             tracker.summary(metrics)
             shown.conclude(trainer.rollouts)
             tracker.images({plots.CURVES.removesuffix(".png"): out / plots.CURVES})
+    roles.save(out, first)
     if first:
-        roles.save(out)
         trainer.tokenizer.save_pretrained(str(out))
         shutil.rmtree(trainer.checkpoints, ignore_errors=True)  # they served a resume alone
     return metrics
@@ -204,9 +204,9 @@ def make_updater(
     kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
     rates = {Role.policy: ppo.learning_rate, Role.value: ppo.value_learning_rate or ppo.learning_rate}
     groups = [
-        {"params": list(weights.values()), "lr": rate, "weight_decay": ppo.weight_decay}
+        {"params": weights, "lr": rate, "weight_decay": ppo.weight_decay}
         for role, rate in rates.items()
-        if (weights := roles.trained(role))
+        for weights in sharding.alike(roles.trained(role).values())
     ]
     optimizer = kind(groups, **options)
     warmup = arguments.get_warmup_steps(steps)
@@ -230,7 +230,7 @@ def make_updater(
         micro_batch=cfg.launch.micro_batch_size,
         precision=precision,
         autocast=autocast,
-        ranks=Ranks(where.process_index, where.num_processes),
+        ranks=Ranks(where.process_index, where.num_processes, shared_out(cfg)),
         pad=int(tokenizer.pad_token_id),
     )
     return updater, schedule, steps

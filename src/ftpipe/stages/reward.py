@@ -29,6 +29,7 @@ from ftpipe.choices import Device, Normalize, Part, Use
 from ftpipe.config import RunConfig
 from ftpipe.data import table
 from ftpipe.errors import ConfigError, DataError
+from ftpipe.launch_settings import in_force
 from ftpipe.logs import say
 from ftpipe.reward import batches, gate, model, report
 from ftpipe.reward.heldout import (
@@ -166,7 +167,7 @@ def _tracker(cfg: RunConfig, folder: Path) -> Iterator[Tracker | None]:
         yield None
         return
     folder.mkdir(exist_ok=True)
-    checkpoint = checkpoints.last_checkpoint(folder / checkpoints.CHECKPOINTS)
+    checkpoint = checkpoints.last_checkpoint(folder / checkpoints.CHECKPOINTS, *in_force(cfg.launch))
     done = checkpoints.step_of(checkpoint) if checkpoint else 0
     if (folder / TRAINED).is_file():
         done = int(json.loads((folder / TRAINED).read_text())["metrics"]["steps"])
@@ -194,10 +195,15 @@ def _member(
     scorer = Scorer(trainer, scored, pad, cfg.launch.micro_batch_size)
     validation = found.held_out[Part.validation]
     held_out = HeldOut(scorer, validation) if len(pairs_of(validation)) else None
-    checkpoint = checkpoints.last_checkpoint(folder / checkpoints.CHECKPOINTS)
-    metrics = _before(folder, checkpoint is not None, held_out)
-    trainer.add_callback(Report(tracker, held_out, cfg.reward.eval_every, lambda: trainer.tokens_seen))
-    metrics |= training.train(trainer, checkpoint)
+    checkpoint = checkpoints.last_checkpoint(folder / checkpoints.CHECKPOINTS, *in_force(cfg.launch))
+    metrics: dict[str, Any] = {}
+
+    def first() -> None:
+        metrics.update(_before(folder, checkpoint is not None, held_out))
+
+    trainer.add_callback(Report(tracker, held_out, cfg.reward.eval_every))
+    found_metrics = training.train(trainer, checkpoint, first)
+    metrics |= found_metrics
     trainer.accelerator.wait_for_everyone()  # a rank may still be writing its part of a checkpoint
     trainer.save_model(str(folder))
     raw = {str(part): scorer.score(of_groups(rows)) for part, rows in found.held_out.items()}
@@ -215,6 +221,7 @@ def make_trainer(cfg: RunConfig, found: Inputs, seed: int, folder: Path) -> Rewa
     fed = sequences(found.train, None, reward.batch_size)
     trainer = RewardTrainer(
         order=Order(fed["length"][:], seed, training.grouping(reward)),
+        launch=cfg.launch,
         l2=reward.l2,
         center=reward.center,
         model=model.make(cfg, found.start, found.tokenizer, seed),

@@ -24,6 +24,7 @@ from ftpipe.config import RunConfig
 from ftpipe.data import table
 from ftpipe.data.packing import packs_of
 from ftpipe.heldout import HeldOut
+from ftpipe.launch_settings import in_force
 from ftpipe.logs import say
 from ftpipe.sampling import Answers, asked
 from ftpipe.sequences import Collate, Layout, Order, sequences
@@ -69,16 +70,21 @@ def run(cfg: RunConfig, inputs: Mapping[str, Artifact], out: Path) -> dict[str, 
         say("no sample answers: no rows are held out (data.validation=0)")
     prompts = asked(validation, demonstrations, cfg.sft.samples)
     answers = Answers(model, tokenizer, prompts, cfg.sft.sample_tokens)
-    checkpoint = checkpoints.last_checkpoint(out / checkpoints.CHECKPOINTS)
-    before = _before(out, resumed=checkpoint is not None, held_out=held_out, answers=answers)
+    checkpoint = checkpoints.last_checkpoint(out / checkpoints.CHECKPOINTS, *in_force(cfg.launch))
+    before: dict[str, Any] = {}
+
+    def first() -> None:
+        if cfg.data.packing and trainer.shares_out:  # only now is the model on its device
+            pack(trainer)
+        before.update(_before(out, checkpoint is not None, held_out, answers))
 
     with ExitStack() as stack:
         tracker = None
         if trainer.is_world_process_zero():
             done = checkpoints.step_of(checkpoint) if checkpoint else 0
             tracker = stack.enter_context(Tracker(cfg, "sft", out, done))
-        trainer.add_callback(Report(tracker, held_out, cfg.sft.eval_every, lambda: trainer.tokens_seen))
-        metrics = training.train(trainer, checkpoint)
+        trainer.add_callback(Report(tracker, held_out, cfg.sft.eval_every))
+        metrics = training.train(trainer, checkpoint, first)
         if held_out is not None:
             loss = held_out.loss()
             metrics["held_out_loss_before"] = before["held_out_loss"]
@@ -88,8 +94,9 @@ def run(cfg: RunConfig, inputs: Mapping[str, Artifact], out: Path) -> dict[str, 
             tracker.summary(metrics)
     trainer.accelerator.wait_for_everyone()  # a rank may still be writing its part of a checkpoint
     trainer.save_model(str(out))
+    after = answers.give()
     if trainer.is_world_process_zero():
-        answers.write(out / "samples.md", before["answers"])
+        answers.write(out / "samples.md", before["answers"], after)
         checkpoints.tidy(out)
     return metrics
 
@@ -119,6 +126,7 @@ def make_trainer(
     revision = None if base else cfg.model.revision
     trainer = DemonstrationTrainer(
         order=Order(fed["length"][:], cfg.seed, training.grouping(cfg.sft)),
+        launch=cfg.launch,
         model=model,
         args=arguments(cfg, out),
         data_collator=Collate(rows, pad, Layout.padded),
@@ -135,10 +143,21 @@ def make_trainer(
         for weight in policy.parameters():
             if weight.requires_grad:
                 weight.data = weight.data.to(modeling.TORCH[cfg.adapter.dtype])
-    if cfg.data.packing:
-        layout = isolation.find_layout(policy, pad, trainer.compute_loss_context_manager())
-        trainer.data_collator = Collate(rows, pad, layout, policy.dtype)
+    if cfg.data.packing and not trainer.shares_out:
+        pack(trainer)
     return trainer
+
+
+def pack(trainer: DemonstrationTrainer) -> None:
+    """Lay batches out so that this model's packed rows do not see each other.
+
+    Raises:
+        ConfigError: if there is no such layout.
+    """
+    model: PreTrainedModel = trainer.model  # type: ignore[assignment]
+    collate: Collate = trainer.data_collator  # type: ignore[assignment]
+    layout = isolation.find_layout(model, collate.pad, trainer.compute_loss_context_manager())
+    collate.lay_out(layout, model.dtype)
 
 
 def arguments(cfg: RunConfig, out: Path) -> SFTConfig:

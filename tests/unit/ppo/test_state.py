@@ -66,7 +66,7 @@ class Training:
 
     def save(self, folder: Path, progress: Progress | None = None, keep: int = 2) -> None:
         shown = progress or Progress()
-        state.save(folder, shown, self.weights, self.optimizer, self.schedule, keep)
+        state.save(folder, shown, self.weights, self.optimizer.state_dict(), self.schedule, keep)
 
     def restore(self, folder: Path) -> Progress:
         return state.restore(folder, self.weights, self.optimizer, self.schedule)
@@ -250,7 +250,14 @@ def test_weights_that_share_memory_are_written_each(tmp_path: Path) -> None:
     # safetensors refuses tensors that share memory, as tied embeddings do
     training, whole = Training(tmp_path), torch.arange(6.0)
     tied = {"policy/in": whole, "policy/out": whole.view(2, 3).T}
-    state.save(tmp_path / "checkpoint-1", Progress(), tied, training.optimizer, training.schedule, 1)
+    state.save(
+        tmp_path / "checkpoint-1",
+        Progress(),
+        tied,
+        training.optimizer.state_dict(),
+        training.schedule,
+        1,
+    )
     held = {"policy/in": torch.zeros(6), "policy/out": torch.zeros(3, 2)}
     state.restore(tmp_path / "checkpoint-1", held, training.optimizer, training.schedule)
     assert held["policy/in"].tolist() == [0, 1, 2, 3, 4, 5]
