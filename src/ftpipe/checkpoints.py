@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from ftpipe.artifacts import write_atomic
 
 CHECKPOINTS = "checkpoints"
 TOKENS = "tokens.json"  # in each checkpoint: how many tokens were seen
+UNLOGGED = "unlogged-{}.json"  # in each checkpoint, of each rank: sums since the last line of metrics
+ASKED = "asked"  # in a checkpoint that was not due, made by a training that was asked to stop
 BEFORE = "before.json"  # what was measured before the first step, for a run that is resumed
 
 
@@ -39,6 +42,21 @@ def _is_whole(checkpoint: Path) -> bool:
     return all(list(checkpoint.glob(name)) for name in states)
 
 
+def read_unlogged(checkpoint: Path, rank: int) -> dict[str, Any] | None:
+    """Return what a rank had summed since its last line of metrics, if it is there."""
+    file = checkpoint / UNLOGGED.format(rank)
+    if not file.is_file():
+        return None
+    summed: dict[str, Any] = json.loads(file.read_text())
+    return summed
+
+
+def drop_asked(folder: Path) -> None:
+    """Remove the checkpoints that a run which nothing interrupts would not have."""
+    for mark in folder.glob(f"checkpoint-*/{ASKED}"):
+        shutil.rmtree(mark.parent)
+
+
 def read_before(out: Path) -> dict[str, Any] | None:
     """Return what was measured before the first step of the run that is continued, if it is there."""
     if not (out / BEFORE).is_file():
@@ -53,8 +71,11 @@ def write_before(out: Path, measured: dict[str, Any]) -> None:
 
 def tidy(out: Path) -> None:
     """Leave safetensors and text: optimiser states and pickles served only a resume."""
+    for folder in out.rglob(CHECKPOINTS):
+        drop_asked(folder)
     for path in out.rglob("*"):
-        if path.suffix in (".bin", ".pt", ".pth") or path.name == BEFORE:
+        left = path.suffix in (".bin", ".pt", ".pth") or path.match(UNLOGGED.format("*"))
+        if left or path.name == BEFORE:
             path.unlink()
     for folder in out.rglob(CHECKPOINTS):
         (folder / "README.md").unlink(missing_ok=True)

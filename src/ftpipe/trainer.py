@@ -28,6 +28,19 @@ class Ordered(Trainer):
         self.tokens_seen = 0
         super().__init__(**options)
 
+    def unlogged(self) -> dict[str, Any]:
+        """Return what this rank has summed since the last line of metrics, as JSON takes it.
+
+        A Trainer leaves it out of its checkpoints, so that the first line after a resume would be a
+        mean over fewer steps than that of a run which nothing interrupts.
+        """
+        return {"loss": self._tr_loss.item(), "since": self._globalstep_last_logged}
+
+    def recall(self, unlogged: dict[str, Any]) -> None:
+        """Go on from what ``unlogged`` returned, once a resumed training has begun."""
+        self._tr_loss.fill_(unlogged["loss"])
+        self._globalstep_last_logged = unlogged["since"]
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Order:
         return self._order
 
@@ -47,6 +60,13 @@ class DemonstrationTrainer(Ordered, SFTTrainer):
     def __init__(self, order: Order, **options: Any) -> None:
         super().__init__(order, **options)
         self.model_accepts_loss_kwargs = True
+
+    def unlogged(self) -> dict[str, Any]:
+        return super().unlogged() | {"metrics": dict(self._metrics["train"])}
+
+    def recall(self, unlogged: dict[str, Any]) -> None:
+        super().recall(unlogged)
+        self._metrics["train"].update(unlogged["metrics"])
 
     def compute_loss(
         self,

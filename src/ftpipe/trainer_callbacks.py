@@ -9,8 +9,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from transformers import TrainerCallback
 
+from ftpipe import checkpoints, stopping
 from ftpipe.artifacts import write_atomic
 from ftpipe.checkpoints import TOKENS
 from ftpipe.logs import on_terminal, say
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
     from ftpipe.tracking import Tracker
+    from ftpipe.trainer import Ordered
 
 # TRL's names where they are not ours
 NAMES = {"mean_token_accuracy": "token_accuracy", "num_tokens": "tokens"}
@@ -97,6 +100,71 @@ class Report(TrainerCallback):
                 f"grad norm {metrics.get('grad_norm', 0.0):.3f}  {rate:.2f} steps/s  "
                 f"{left / 60:.1f} min left"
             )
+
+
+class Continuity(TrainerCallback):
+    """Lets a training stop where it is asked to, and go on as if nothing had happened.
+
+    All ranks end after the same step: one that was asked is enough. The checkpoint that is made then is
+    one too many, so it counts for nothing among those that are kept, and goes with the next that is due.
+
+    Args:
+        checkpoint: what the training goes on from.
+
+    Attributes:
+        stopped: whether it was asked to.
+    """
+
+    def __init__(self, trainer: Ordered, checkpoint: Path | None) -> None:
+        self._trainer = trainer
+        self._checkpoint = checkpoint
+        self._due = True
+        self.stopped = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self._checkpoint is None:
+            return
+        unlogged = checkpoints.read_unlogged(self._checkpoint, args.process_index)
+        if unlogged is not None:
+            self._trainer.recall(unlogged)
+        if (self._checkpoint / checkpoints.ASKED).is_file():
+            self._keep_one_more(args)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if not self._all_asked() or state.global_step >= state.max_steps:
+            return
+        self.stopped = control.should_training_stop = True
+        if not control.should_save:  # it is not due
+            self._keep_one_more(args)
+            control.should_save = True
+            self._due = False
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        folder = Path(str(args.output_dir))
+        made = folder / f"checkpoint-{state.global_step}"
+        summed = json.dumps(self._trainer.unlogged(), default=float)
+        write_atomic(made / checkpoints.UNLOGGED.format(args.process_index), summed)
+        if not self._trainer.is_world_process_zero():
+            return
+        checkpoints.drop_asked(folder)
+        if not self._due:
+            (made / checkpoints.ASKED).touch()
+
+    def _all_asked(self) -> bool:
+        accelerator = self._trainer.accelerator
+        asked = torch.tensor(float(stopping.asked()), device=accelerator.device)
+        return bool(accelerator.reduce(asked, reduction="sum") > 0)
+
+    @staticmethod
+    def _keep_one_more(args: TrainingArguments) -> None:
+        if args.save_total_limit is not None:
+            args.save_total_limit += 1
 
 
 def in_words(measured: Mapping[str, float]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ from ftpipe.checkpoints import CHECKPOINTS, tokens_seen
 from ftpipe.choices import Device, Optimizer, Precision
 from ftpipe.errors import ConfigError
 from ftpipe.logs import on_terminal, say
+from ftpipe.stopping import Stopped
+from ftpipe.trainer_callbacks import Continuity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerState
@@ -41,6 +44,7 @@ def arguments(training: TrainingConfig, launch: LaunchConfig, seed: int, out: Pa
         "seed": seed,
         "data_seed": seed,
         "use_cpu": not on_gpu,
+        "ddp_timeout": math.ceil(60 * launch.timeout_minutes),  # seconds
         # what is optimised
         "learning_rate": training.learning_rate,
         "num_train_epochs": training.epochs,
@@ -99,12 +103,20 @@ def grouping(training: TrainingConfig) -> int | None:
 
 
 def train(trainer: Ordered, checkpoint: Path | None) -> dict[str, float]:
-    """Train to the end, from a checkpoint if there is one; return what ``summary`` says of it."""
+    """Train to the end, from a checkpoint if there is one; return what ``summary`` says of it.
+
+    Raises:
+        Stopped: if it was asked to stop, and has saved a checkpoint.
+    """
     if checkpoint is not None:
         say(f"continuing from {checkpoint.name}")
         trainer.tokens_seen = tokens_seen(checkpoint)
     before = trainer.tokens_seen
+    continuity = Continuity(trainer, checkpoint)
+    trainer.add_callback(continuity)
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if continuity.stopped:
+        raise Stopped(f"after step {trainer.state.global_step} of {trainer.state.max_steps}")
     seconds = result.metrics["train_runtime"]
     return summary(trainer.state, trainer.tokens_seen, before, seconds)
 

@@ -7,11 +7,12 @@ training that reads it holds no second model in memory.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from transformers import AutoTokenizer, set_seed
 from transformers.utils.import_utils import enable_tf32
 
@@ -44,7 +45,8 @@ def run(cfg: RunConfig, inputs: Mapping[str, Artifact], out: Path) -> dict[str, 
         enable_tf32(cfg.launch.tf32)  # as a Trainer does
     dataset = inputs["dataset"].path
     tokenizer = AutoTokenizer.from_pretrained(str(dataset / "tokenizer"))
-    accelerator = Accelerator(cpu=cfg.launch.device is Device.cpu)
+    waits = InitProcessGroupKwargs(timeout=timedelta(minutes=cfg.launch.timeout_minutes))
+    accelerator = Accelerator(cpu=cfg.launch.device is Device.cpu, kwargs_handlers=[waits])
     start = policy.incoming(cfg, inputs)
     model = preference_policy.as_it_came(cfg, start, tokenizer).to(accelerator.device).eval()
     metrics: dict[str, float] = {}
