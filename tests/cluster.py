@@ -1,4 +1,4 @@
-"""A real Slurm for tests: munged, slurmctld and one slurmd for each of two virtual nodes, on this machine.
+"""A real Slurm for tests: munged, slurmctld and a slurmd for each of two virtual nodes.
 
 Needs the programs of Debian's packages slurm-wlm and munge, and root or user names of its own for them;
 nothing under /etc is read or written, and nothing but what was started here is ended.
@@ -34,8 +34,8 @@ SlurmdPidFile={root}/run/slurmd.%n.pid
 SlurmdSpoolDir={root}/spool.%n
 AuthType=auth/munge
 CredType=cred/munge
-# how long a requeued job waits before it may start again; 120 s by default
-AuthInfo=socket={root}/run/munge.sock,cred_expire=2
+# how long a requeued job waits before it may start again: 120 s by default, 5 s at least
+AuthInfo=socket={root}/run/munge.sock,cred_expire=5
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SwitchType=switch/none
@@ -52,6 +52,8 @@ PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 JobRequeue=1
 KillWait=5
+# minutes: a machine that is busy may be late for the limit of a minute
+OverTimeLimit=1
 # more processors than this machine may have
 SlurmdParameters=config_overrides
 MinJobAge=86400
@@ -78,7 +80,9 @@ def no_networks() -> str:
     """Return why the nodes cannot have a network of their own each; "" if they can."""
     if shutil.which("ip", path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None:
         return "no ip here: apt-get install iproute2"
-    tried = subprocess.run(["ip", "link", "add", BRIDGE, "type", "bridge"], capture_output=True, text=True)
+    tried = subprocess.run(
+        ["ip", "link", "add", BRIDGE, "type", "bridge"], capture_output=True, text=True
+    )
     if tried.returncode:
         return f"no right to make networks here: {tried.stderr.strip()}"
     subprocess.run(["ip", "link", "del", BRIDGE], check=True)
@@ -184,12 +188,14 @@ class Cluster:
         for node in NODES:
             self._daemon(f"slurmd.{node}", *self._around(node))
         self.wait_for(
-            lambda: self.run("sinfo", "-h", "-N", "-o", "%t", "-p", "main").stdout.split() == ["idle"] * 2,
+            lambda: (
+                self.run("sinfo", "-h", "-N", "-o", "%t", "-p", "main").stdout.split() == ["idle"] * 2
+            ),
             30,
         )
 
     def _around(self, node: str) -> Sequence[str]:
-        """Return the words that start a node's slurmd with a host name, hosts and a network of its own."""
+        """Return the words that start a node's slurmd with a host name and a network of its own."""
         enter = (
             f"hostname {node}; mount --bind {self.root}/hosts /etc/hosts; "
             f"mount --bind {self.root}/resolv.conf /etc/resolv.conf; exec slurmd -D -N {node}"
@@ -200,7 +206,12 @@ class Cluster:
     def _daemon(self, name: str, *words: str) -> None:
         with (self.root / "log" / f"{name}.out").open("wb") as log:
             self.daemons[name] = subprocess.Popen(
-                words, env=self.env, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+                words,
+                env=self.env,
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
             )
 
     def _configure(self) -> None:
@@ -210,8 +221,12 @@ class Cluster:
         places = {node: f"{net}.{10 + at}" for at, node in enumerate(NODES)}
         named = "".join(f"{place} {node}\n" for node, place in places.items())
         (root / "hosts").write_text(f"127.0.0.1 localhost\n{address} {host}\n{named}")
-        (root / "resolv.conf").write_text("nameserver 127.0.0.1\n")  # a name that is not in hosts fails at once
-        (root / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # read, though nothing here uses any
+        (root / "resolv.conf").write_text(
+            "nameserver 127.0.0.1\n"
+        )  # a name that is not in hosts fails at once
+        (root / "cgroup.conf").write_text(
+            "CgroupPlugin=cgroup/v1\n"
+        )  # read, though nothing here uses any
         for number in (0, 1):
             (root / f"dev/gpu{number}").symlink_to("/dev/null")
         (root / "gres.conf").write_text(f"NodeName=n[1-2] Name=gpu File={root}/dev/gpu[0-1]\n")

@@ -67,7 +67,7 @@ def meeting_point() -> dict[str, str]:
 
 
 def place(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return what torch wants to know of a rank, by what Slurm says of its task; of a single one nothing.
+    """Return what torch wants to know of a rank, by what Slurm says; of a single one nothing.
 
     A single rank sees one GPU: with several in sight a Trainer would spread its batch over them.
     """
