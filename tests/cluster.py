@@ -57,7 +57,7 @@ OverTimeLimit=1
 # more processors than this machine may have
 SlurmdParameters=config_overrides
 MinJobAge=86400
-ReturnToService=2
+ReturnToService=0
 GresTypes=gpu
 {nodes}
 PartitionName=main Nodes=ALL Default=YES DefaultTime=10 MaxTime=60 PriorityTier=10 PreemptMode=OFF

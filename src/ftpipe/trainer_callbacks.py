@@ -118,6 +118,7 @@ class Continuity(TrainerCallback):
     def __init__(self, trainer: Ordered, checkpoint: Path | None) -> None:
         self._trainer = trainer
         self._checkpoint = checkpoint
+        self._extra = checkpoint is not None and (checkpoint / checkpoints.ASKED).is_file()
         self._due = True
         self.stopped = False
 
@@ -129,8 +130,7 @@ class Continuity(TrainerCallback):
         unlogged = checkpoints.read_unlogged(self._checkpoint, args.process_index)
         if unlogged is not None:
             self._trainer.recall(unlogged)
-        if (self._checkpoint / checkpoints.ASKED).is_file():
-            self._keep_one_more(args)
+        self._keep(args, int(self._extra))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -138,23 +138,22 @@ class Continuity(TrainerCallback):
         if not self._all_asked() or state.global_step >= state.max_steps:
             return
         self.stopped = control.should_training_stop = True
-        if not control.should_save:  # it is not due
-            self._keep_one_more(args)
-            control.should_save = True
-            self._due = False
+        if not control.should_save:
+            control.should_save, self._due = True, False
+            self._keep(args, 1)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        folder = Path(str(args.output_dir))
-        made = folder / f"checkpoint-{state.global_step}"
+        made = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         summed = json.dumps(self._trainer.unlogged(), default=float)
         write_atomic(made / checkpoints.UNLOGGED.format(args.process_index), summed)
-        if not self._trainer.is_world_process_zero():
-            return
-        checkpoints.drop_asked(folder)
-        if not self._due:
-            (made / checkpoints.ASKED).touch()
+        if self._trainer.is_world_process_zero():
+            checkpoints.drop_asked(made.parent)
+            if not self._due:
+                (made / checkpoints.ASKED).touch()
+        self._keep(args, -int(self._extra))
+        self._extra = False
 
     def _all_asked(self) -> bool:
         accelerator = self._trainer.accelerator
@@ -162,9 +161,9 @@ class Continuity(TrainerCallback):
         return bool(accelerator.reduce(asked, reduction="sum") > 0)
 
     @staticmethod
-    def _keep_one_more(args: TrainingArguments) -> None:
+    def _keep(args: TrainingArguments, more: int) -> None:
         if args.save_total_limit is not None:
-            args.save_total_limit += 1
+            args.save_total_limit += more
 
 
 def in_words(measured: Mapping[str, float]) -> str:

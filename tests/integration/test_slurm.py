@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -146,10 +147,10 @@ def left(job: str) -> list[psutil.Process]:
     return found
 
 
-def training(slurm: Cluster, folder: Path) -> None:
-    """Wait until a run has trained for some steps."""
+def training(slurm: Cluster, folder: Path, characters: int = 900) -> None:
+    """Wait until a run has trained for some steps, so that it has written lines of metrics."""
     files = "outputs/artifacts/sft-*.partial/metrics.jsonl"
-    slurm.wait_for(lambda: any(len(file.read_text()) > 900 for file in folder.glob(files)), 90)
+    slurm.wait_for(lambda: any(len(file.read_text()) > characters for file in folder.glob(files)), 90)
 
 
 def test_a_pipeline_is_submitted_whole_and_runs_in_order(slurm: Cluster, base: Path) -> None:
@@ -166,10 +167,17 @@ def test_a_pipeline_is_submitted_whole_and_runs_in_order(slurm: Cluster, base: P
     assert command.startswith("ftpipe submit recipe=tiny launch=slurm-cpu ")
 
 
-def test_a_job_is_as_good_as_a_run_without_slurm(slurm: Cluster, base: Path, folder: Path) -> None:
-    words = [word for word in WORDS if word != "launch=slurm-cpu"]
-    done = ftpipe(slurm, folder, "sft", *words)
-    assert done.returncode == 0, done.stderr
+def test_a_run_without_slurm_that_is_told_to_stop_ends_as_a_job_does(
+    slurm: Cluster, base: Path, folder: Path
+) -> None:
+    words = ("-m", "ftpipe.cli", "sft", *(word for word in WORDS if word != "launch=slurm-cpu"))
+    with subprocess.Popen([sys.executable, *words], cwd=folder, env=slurm.env) as driver:
+        training(slurm, folder, characters=10)
+        driver.send_signal(signal.SIGTERM)
+    assert driver.returncode == 75
+    (checkpoint,) = folder.glob("outputs/artifacts/sft-*.partial/checkpoints/checkpoint-*/asked")
+    assert slurm.run(sys.executable, *words, cwd=folder).returncode == 0
+    assert not list(folder.glob("outputs/artifacts/*.partial")) and not checkpoint.exists()
     assert made(folder).name == made(base).name  # the fingerprint knows nothing of Slurm
     assert result(folder) == result(base)
 
@@ -234,13 +242,13 @@ def test_a_rank_that_dies_ends_the_stage_and_what_waits_for_it(slurm: Cluster, f
     assert slurm.ends(job(run)) == "FAILED"
     assert time.monotonic() - killed < 40
     assert slurm.ends(job(run, "merge")) == "CANCELLED"
-    assert f"rank 1 (process {found[1].pid} on n2) ended without a word" in log(run, 0)
+    assert f"rank 1 (process {found[1].pid} on n2) ended after these lines:" in log(run, 0)
     slurm.wait_for(lambda: left(job(run)) == [], 20)
     said = ftpipe(slurm, folder, "status")
     assert said.returncode == 1
     lines = said.stdout.splitlines()
     assert lines[3].startswith(f"  sft       failed    job {job(run)} (FAILED, code 1) in attempt 1")
-    assert any("ended without a word" in line for line in lines)
+    assert any("sft' ended with code" in line for line in lines)  # the log's last
     last = f"  merge     cancelled job {job(run, 'merge')}: 'sft', which it waited for, was not made"
     assert lines[-1] == last
 
@@ -271,11 +279,14 @@ def test_a_sweep_is_an_array_that_shares_what_its_points_have_in_common(
         assert sorted(jobs[stage].id.split("_")[1] for jobs in records) == ["0", "1"]
     again = ftpipe(slurm, folder, "submit", *WORDS, *words)  # while they are at work
     assert again.stdout.count("submitted before") == 4
-    for jobs in records:
-        assert slurm.ends(jobs["merge"].id) == "COMPLETED"
-    assert len(list(folder.glob("outputs/artifacts/merge-*/manifest.json"))) == 2
-    for run in runs:
-        assert ftpipe(slurm, folder, "status", run.name).stdout.count(" made ") == 4
+    for at, jobs in enumerate(records):
+        # task by task: the other one may still train
+        assert f"aftercorr:{jobs['sft'].id.split('_')[0]}_" in slurm.show(jobs["merge"].id)["Dependency"]
+        assert slurm.ends(jobs["sft"].id) == "COMPLETED", at
+    assert len(list(folder.glob("outputs/artifacts/sft-*/manifest.json"))) == 2
+    merges = [jobs["merge"].id for jobs in records]
+    slurm.wait_for(lambda: all(slurm.show(one).get("Dependency") == "(null)" for one in merges), 20)
+    slurm.run("scancel", *merges)
 
 
 def test_the_time_limit_costs_nothing(slurm: Cluster, limited: Path, two_nodes: Path) -> None:
