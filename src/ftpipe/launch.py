@@ -250,7 +250,7 @@ def launch_command(cfg: RunConfig, processes: int, settings: Path, job: Path) ->
 def environment(cfg: RunConfig, processes: int) -> dict[str, str]:
     """Return the environment of the ranks: threads shared out, hashing and cuBLAS repeatable."""
     in_job = ranks.by_srun()
-    here = min(processes, cfg.launch.processes)  # of this node
+    here = min(processes, cfg.launch.processes) if in_job else processes  # on this node
     threads = cfg.launch.threads or max(1, len(os.sched_getaffinity(0)) // here)
     fixed: dict[str, Any] = {
         "OMP_NUM_THREADS": threads,

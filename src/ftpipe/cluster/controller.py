@@ -21,7 +21,7 @@ class State:
     Attributes:
         word: its state, such as RUNNING.
         reason: why it waits or has ended; empty where there is nothing to say.
-        code: exit code, or the signal that ended it, such as ``1`` and ``signal 9``.
+        code: how it ended, such as ``code 1`` or ``signal 9``; empty where it ended well.
         attempt: from 1.
     """
 
@@ -90,7 +90,8 @@ def from_scontrol(text: str) -> State | None:
     >>> from_scontrol("JobId=7 JobName=x JobState=PENDING Reason=Priority Restarts=1 ExitCode=0:0").word
     'PENDING'
     """
-    said = dict(re.findall(r"(?:^|\s)(\w+)=(\S*)", text.splitlines()[0])) if text.strip() else {}
+    found = re.findall(r"(?:^|\s)(\w+)=(\S*)", text.splitlines()[0]) if text.strip() else []
+    said = dict(reversed(found))  # the first of each name: a path that comes later may hold others
     if "JobState" not in said:
         return None
     return State(
@@ -117,11 +118,11 @@ def reason_of(stderr: str) -> str:
 
 
 def _code(code: str) -> str:
-    """Return ``1`` or ``signal 9`` of Slurm's ``code:signal``; nothing of success."""
-    number, _, number_of_signal = code.partition(":")
-    if number_of_signal not in ("", "0"):
-        return f"signal {number_of_signal}"
-    return _unless(number, ("0",))
+    """Return ``code 1`` or ``signal 9`` of Slurm's ``1:0`` or ``0:9``; nothing of success."""
+    number, _, signal = code.partition(":")
+    if signal not in ("", "0"):
+        return f"signal {signal}"
+    return "" if number in ("", "0") else f"code {number}"
 
 
 def _unless(word: str, nothing: Sequence[str]) -> str:

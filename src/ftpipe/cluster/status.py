@@ -55,7 +55,7 @@ def _of_job(run: Path, stage: str, job: Job) -> tuple[list[str], bool]:
     if state.reason == "DependencyNeverSatisfied":
         after = " or ".join(f"'{name}'" for name in job.after)
         return [f"{head}cancelled job {job.id}: {after}, which it waited for, was not made"], False
-    code = f", code {state.code}" if state.code else ""
+    code = f", {state.code}" if state.code else ""
     kind = "cancelled" if state.word.startswith("CANCELLED") else "failed   "
     lines = [f"{head}{kind} job {job.id} ({state.word}{code}) in attempt {state.attempt}"]
     for file in [*found[-1:], *(run / "logs").glob(f"{stage}-{job.id}.slurm")]:

@@ -89,7 +89,7 @@ def test_two_jobs_on_a_node_look_at_other_ports(job: Path, monkeypatch: pytest.M
 
 def test_nodes_that_have_no_names_are_a_sentence(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_NODELIST", "x")
-    with pytest.raises(UserError, match="^scontrol cannot name the nodes of x"):
+    with pytest.raises(UserError, match=r"^scontrol cannot name the nodes of x"):
         ranks.meeting_point()
 
 

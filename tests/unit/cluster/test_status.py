@@ -34,7 +34,7 @@ CANCELLED = "JobId=14 JobState=CANCELLED Reason=None Restarts=0 ExitCode=0:15 No
     [
         (RUNNING, State("RUNNING", nodes="n[1-2]", attempt=3)),
         (WAITING, State("PENDING", reason="BeginTime", attempt=2)),
-        (FAILED, State("FAILED", reason="NonZeroExitCode", code="7", nodes="n1")),
+        (FAILED, State("FAILED", reason="NonZeroExitCode", code="code 7", nodes="n1")),
         (KILLED, State("TIMEOUT", reason="TimeLimit", code="signal 15", nodes="n1")),
         (
             "JobId=4 ArrayJobId=4 ArrayTaskId=0-2 JobState=PENDING Reason=(null)\nJobId=5 ",
@@ -78,7 +78,7 @@ def test_the_accounting_is_asked_where_the_controller_has_forgotten(
     file.write_text("#!/bin/sh\necho 'FAILED|1:0|n1'\n", encoding="utf-8")
     file.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{commands._folder}:/usr/bin:/bin")
-    assert controller.state("14") == State("FAILED", code="1", nodes="n1")
+    assert controller.state("14") == State("FAILED", code="code 1", nodes="n1")
     commands.say("14", RUNNING)
     assert controller.state("14") == State("RUNNING", nodes="n[1-2]", attempt=3)
 

@@ -232,10 +232,10 @@ def test_submit_says_which_option_it_does_not_know(capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("stderr", "reason"),
     [
-        ("sbatch: error: invalid partition specified: x\nallocation failure: Bad\n", "allocation failure: Bad"),
-        ("sbatch: error: Batch job submission failed: Invalid.\n", "Batch job submission failed: Invalid"),
+        ("sbatch: error: invalid partition: x\nallocation failure: Bad\n", "allocation failure: Bad"),
+        ("sbatch: error: Job submission failed: Invalid.\n", "Job submission failed: Invalid"),
         ("", "it does not say why"),
     ],
-)  # fmt: skip
+)
 def test_the_reason_is_the_last_thing_said(stderr: str, reason: str) -> None:
     assert controller.reason_of(stderr) == reason
