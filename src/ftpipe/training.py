@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +43,6 @@ def arguments(training: TrainingConfig, launch: LaunchConfig, seed: int, out: Pa
         "seed": seed,
         "data_seed": seed,
         "use_cpu": not on_gpu,
-        "ddp_timeout": math.ceil(60 * launch.timeout_minutes),  # seconds
         # what is optimised
         "learning_rate": training.learning_rate,
         "num_train_epochs": training.epochs,

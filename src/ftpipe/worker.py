@@ -12,12 +12,14 @@ import os
 import resource
 import socket
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 from ftpipe import schema, stopping
 from ftpipe.artifacts import open_artifact, write_atomic
 from ftpipe.choices import Device
 from ftpipe.cluster import ranks
+from ftpipe.config import RunConfig
 from ftpipe.errors import UserError
 from ftpipe.launch import ERROR, RESULT, STOPPED, WORDS, die_with_parent
 from ftpipe.logs import quiet_libraries
@@ -37,6 +39,7 @@ def main(argv: list[str]) -> int:
         import torch
 
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # weights are loaded where it points
+    meet(cfg)
     first = os.environ.get("RANK", "0") == "0"
     try:
         stage = importlib.import_module(f"ftpipe.stages.{job['stage']}")
@@ -63,6 +66,18 @@ def main(argv: list[str]) -> int:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         write_atomic(out / RESULT, json.dumps({"metrics": metrics, "peak_memory_kib": peak}))
     return 0
+
+
+def meet(cfg: RunConfig) -> None:
+    """Join the other ranks, if there are any, for no longer a wait than the configuration has it.
+
+    A Trainer would do it later, and on processors with torch's own limit of half an hour.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState
+
+        limit = timedelta(minutes=cfg.launch.timeout_minutes)
+        PartialState(cpu=cfg.launch.device is Device.cpu, timeout=limit)
 
 
 def process(argv: list[str]) -> int:

@@ -76,9 +76,8 @@ def test_a_stage_that_cannot_be_continued_is_ended_or_left_alone(
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
     assert not file.exists()
-    assert (
-        capfd.readouterr().out == "prepare: asked to stop, but it cannot be continued, so it goes on\n"
-    )
+    said = capfd.readouterr().out
+    assert said == "prepare: asked to stop, but it cannot be continued, so it goes on\n"
 
 
 def test_a_thread_that_cannot_be_signalled_runs_its_stage_all_the_same(tmp_path: Path) -> None:
@@ -120,8 +119,8 @@ def test_a_stop_is_one_line_and_the_exit_code_for_another_try(
     empty_folder: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    (tmp_path / "stop").touch()
-    monkeypatch.setenv(stopping.FILE, str(tmp_path / "stop"))  # as the script of a job has it
+    (empty_folder / "stop").touch()
+    monkeypatch.setenv(stopping.FILE, str(empty_folder / "stop"))  # as the script of a job has it
     stand_in(monkeypatch, WAITS)
     assert cli.main(["model", "recipe=tiny"]) == 75  # sysexits.h: EX_TEMPFAIL
     said = capfd.readouterr().err

@@ -7,12 +7,11 @@ training that reads it holds no second model in memory.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator
 from transformers import AutoTokenizer, set_seed
 from transformers.utils.import_utils import enable_tf32
 
@@ -45,8 +44,7 @@ def run(cfg: RunConfig, inputs: Mapping[str, Artifact], out: Path) -> dict[str, 
         enable_tf32(cfg.launch.tf32)  # as a Trainer does
     dataset = inputs["dataset"].path
     tokenizer = AutoTokenizer.from_pretrained(str(dataset / "tokenizer"))
-    waits = InitProcessGroupKwargs(timeout=timedelta(minutes=cfg.launch.timeout_minutes))
-    accelerator = Accelerator(cpu=cfg.launch.device is Device.cpu, kwargs_handlers=[waits])
+    accelerator = Accelerator(cpu=cfg.launch.device is Device.cpu)
     start = policy.incoming(cfg, inputs)
     model = preference_policy.as_it_came(cfg, start, tokenizer).to(accelerator.device).eval()
     metrics: dict[str, float] = {}
