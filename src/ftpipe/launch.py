@@ -26,6 +26,7 @@ RESULT = ".result.json"  # final metrics and peak memory, written by rank 0 when
 DRIVER = "FTPIPE_DRIVER"  # environment variable of a rank: the process that waits for its launcher
 ERROR = ".error.json"  # a user error's sentence, in place of RESULT
 STOPPED = ".stopped.json"  # where a stage was that stopped because it was asked to, in place of RESULT
+STOP = ".stop"  # what asks a stage to stop, unless a job has another name for it
 WORDS = ".rank-{}.log"  # what a rank other than the first prints; gone when it has ended well
 LAST = 12  # lines of them that are shown
 
@@ -53,9 +54,10 @@ def resolve_device(cfg: RunConfig, elsewhere: bool = False) -> None:
             )
         found = launch.processes
     else:
-        if launch.nodes > 1:
+        nodes = max(launch.nodes, *map(launch.nodes_of, cfg.stages))
+        if nodes > 1:
             raise ConfigError(
-                f"launch.nodes={launch.nodes} needs a job of Slurm; submit it with `ftpipe submit`."
+                f"launch.nodes={nodes} needs a job of Slurm; submit it with `ftpipe submit`."
             )
         found = len(visible_gpus())
     if launch.device is Device.auto:
@@ -142,7 +144,7 @@ def _spawn(
 ) -> dict[str, Any]:
     """Run the stage to its end and return what its first rank reports."""
     name = step.stage.name
-    for left in (ERROR, RESULT, STOPPED, ".stop"):
+    for left in (ERROR, RESULT, STOPPED, STOP):
         (partial / left).unlink(missing_ok=True)
     forget_words(partial)
     resumed = any(partial.iterdir())
@@ -156,7 +158,7 @@ def _spawn(
     }
     artifacts.write_atomic(run / f"{name}.job.json", json.dumps(job, indent=1) + "\n")
     processes = ranks_of(cfg, step.stage)
-    stop = Path(os.environ.get(stopping.FILE) or partial.absolute() / ".stop")
+    stop = Path(os.environ.get(stopping.FILE) or partial.absolute() / STOP)
     with stopping.passed_on(stop, name, step.stage.stops):
         process = Popen(
             launch_command(cfg, processes, settings, run / f"{name}.job.json"),
@@ -185,6 +187,7 @@ def _spawn(
             print(line, file=sys.stderr)
         raise StageFailed(f"stage '{name}' ended with code {code}; its output above says why.")
     forget_words(partial)
+    (partial / STOP).unlink(missing_ok=True)  # it was asked to stop, but was done by then
     result = _result(partial)
     assert result is not None
     return result

@@ -24,7 +24,8 @@ from ftpipe.cluster.record import Record
 from tests import cluster as virtual
 from tests.cluster import Cluster
 
-pytestmark = pytest.mark.slow
+# one process runs them all: they share a cluster, and what was made on it
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
 
 WORDS = (
     *("recipe=tiny", "launch=slurm-cpu", "launch.threads=1", "launch.micro_batch_size=2"),
@@ -107,8 +108,24 @@ def limited(slurm: Cluster, prepared: Path, tmp_path_factory: pytest.TempPathFac
     )
 
 
+@pytest.fixture(scope="module")
+def preempted(slurm: Cluster, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that has to make room for another job, which it does by and by."""
+    folder = tmp_path_factory.mktemp("preempted")
+    shutil.copytree(prepared, folder / "outputs")
+    run = submit(slurm, folder, HOLD, "launch.slurm.partition=low", "launch.slurm.gpus=2")
+    slurm.wait_for(lambda: (run / f"logs/sft-{job(run)}.0.log").is_file(), 30)
+    node = slurm.show(job(run))["NodeList"]
+    rival = slurm.run(
+        *("sbatch", "--parsable", "--partition=main", "--gres=gpu:2", f"--nodelist={node}"),
+        *("--output=/dev/null", "--job-name=rival", "--wrap=true"),
+    )
+    assert rival.returncode == 0, rival.stderr
+    return run
+
+
 @pytest.fixture
-def folder(prepared: Path, limited: Path, tmp_path: Path) -> Path:
+def folder(prepared: Path, limited: Path, preempted: Path, tmp_path: Path) -> Path:
     shutil.copytree(prepared, tmp_path / "outputs")
     return tmp_path
 
@@ -215,23 +232,6 @@ def test_an_impossible_request_is_refused_with_slurms_reason(slurm: Cluster, tmp
     assert slurm.run("squeue", "--noheader", "--states=all").stdout.count("\n") == before
 
 
-def test_a_preempted_job_saves_and_ends_with_the_same_bytes(
-    slurm: Cluster, base: Path, folder: Path
-) -> None:
-    run = submit(slurm, folder, HOLD, "launch.slurm.partition=low", "launch.slurm.gpus=2")
-    slurm.wait_for(lambda: (run / f"logs/sft-{job(run)}.0.log").is_file(), 30)
-    node = slurm.show(job(run))["NodeList"]
-    rival = slurm.run(
-        *("sbatch", "--parsable", "--partition=main", "--gres=gpu:2", f"--nodelist={node}"),
-        *("--output=/dev/null", "--wrap=true"),
-    )
-    assert slurm.ends(rival.stdout.strip()) == "COMPLETED"
-    assert slurm.ends(job(run)) == "COMPLETED"
-    assert "stage 'sft' stopped as it was asked to, after step 1 of 12" in log(run, 0)
-    assert "continuing from checkpoint-1" in log(run, 1)
-    assert result(folder) == result(base)
-
-
 def test_a_rank_that_dies_ends_the_stage_and_what_waits_for_it(slurm: Cluster, folder: Path) -> None:
     run = submit(slurm, folder, TWO_NODES, LONG, "stages=[prepare,sft,merge]")
     training(slurm, folder)
@@ -294,6 +294,15 @@ def test_the_time_limit_costs_nothing(slurm: Cluster, limited: Path, two_nodes: 
     assert "stage 'sft' stopped as it was asked to, after step 1 of 12" in log(limited, 0)
     assert "continuing from checkpoint-1" in log(limited, 1)
     assert result(limited.parents[2]) == result(two_nodes.parents[2])
+
+
+def test_a_preempted_job_saves_and_ends_with_the_same_bytes(
+    slurm: Cluster, base: Path, preempted: Path
+) -> None:
+    assert slurm.ends(job(preempted)) == "COMPLETED"
+    assert "stage 'sft' stopped as it was asked to, after step 1 of 12" in log(preempted, 0)
+    assert "continuing from checkpoint-1" in log(preempted, 1)
+    assert result(preempted.parents[2]) == result(base)
 
 
 def test_a_lost_node_costs_an_attempt(slurm: Cluster, base: Path, folder: Path) -> None:

@@ -113,6 +113,14 @@ def test_a_stage_that_stopped_is_continued(cfg: RunConfig, monkeypatch: pytest.M
     assert set(made.manifest["files"]) - {"uncommitted.diff"} == {"checkpoint"}
 
 
+def test_a_stage_that_was_done_by_then_is_made(cfg: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(stopping.FILE, raising=False)
+    stand_in(monkeypatch, "pathlib.Path(os.environ['FTPIPE_STOP']).touch()\n" + DONE)
+    made, _ = build(cfg)
+    assert set(made.manifest["files"]) <= {"uncommitted.diff"}
+    assert not (made.path / launch.STOP).exists()
+
+
 def test_a_stop_is_one_line_and_the_exit_code_for_another_try(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,

@@ -52,7 +52,9 @@ class Request:
         nodes = (job.nodes or launch.nodes) if stage.all_ranks else 1
         processes = launch.processes if stage.all_ranks else 1
         on_gpu = launch.device is Device.cuda and stage.on_gpu(cfg)
-        gpus = slurm.gpus if job.gpus is None and stage.on_gpu(cfg) else job.gpus
+        gpus = job.gpus
+        if gpus is None and slurm.gpus is not None and stage.on_gpu(cfg):
+            gpus = slurm.gpus if stage.all_ranks else min(slurm.gpus, 1)
         if gpus is None:
             gpus = processes if on_gpu else 0
         if on_gpu and gpus < processes:

@@ -59,7 +59,11 @@ def test_a_stage_of_one_rank_gets_one_and_one_without_use_for_a_gpu_none(gpus: R
     assert "gres" in asked(script.of_stage(gpus, STAGES["evolve"], [RUN]))
     gpus.evolve.url = "http://localhost:8000/v1"
     assert "gres" not in asked(script.of_stage(gpus, STAGES["evolve"], [RUN]))
-    gpus.launch.device = Device.cpu
+    gpus.launch.slurm.gpus = 8  # more than ranks; a single one has no use for them
+    found = {name: asked(script.of_stage(gpus, STAGES[name], [RUN])) for name in ("sft", "merge")}
+    assert {name: said["gres"] for name, said in found.items()} == {"sft": "gpu:8", "merge": "gpu:1"}
+    assert "gres" not in asked(script.of_stage(gpus, PREPARE, [RUN]))
+    gpus.launch.slurm.gpus, gpus.launch.device = None, Device.cpu
     assert "gres" not in asked(script.of_stage(gpus, SFT, [RUN]))
 
 

@@ -220,8 +220,9 @@ def test_a_device_that_depends_on_the_machine_is_refused(
     assert "precision: bf16" in file.read_text(encoding="utf-8")
 
 
-def test_several_nodes_are_for_jobs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["plan", *TINY, "launch.nodes=2"]) == 2
+@pytest.mark.parametrize("key", ["launch.nodes", "launch.slurm.stages.sft.nodes"])
+def test_several_nodes_are_for_jobs(key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", *TINY, f"{key}=2"]) == 2
     assert "launch.nodes=2 needs a job of Slurm; submit it " in capsys.readouterr().err
 
 
