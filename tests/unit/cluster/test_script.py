@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -267,20 +268,33 @@ def test_an_array_has_a_run_for_each_task(cfg: RunConfig, tmp_path: Path) -> Non
 def test_setup_is_done_before_the_stage_and_its_failure_ends_the_job(
     cfg: RunConfig, tmp_path: Path
 ) -> None:
-    cfg.launch.slurm.setup = ["module() { export MODULE=$UNSET$1; }", "module cuda", "false"]
-    cfg.launch.slurm.venv = str(tmp_path)  # holds no python, which is not reached
+    # as modules do, it reads a variable that is not set
+    cfg.launch.slurm.setup = ["module() { export MODULE=$UNSET$1; }", "module cuda"]
+    cfg.launch.slurm.venv = str(tmp_path)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").write_text('#!/bin/bash\necho "python $MODULE"\n', encoding="utf-8")
+    (tmp_path / "bin/python").chmod(0o755)
     (RUN / "logs").mkdir(parents=True)
     env = {"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"}
-    text = script.of_stage(cfg, SFT, [RUN])
-    assert subprocess.run(["bash"], input=text, text=True, env=env, check=False).returncode == 1
-    assert "python" not in (RUN / "logs/sft-7.0.log").read_text(encoding="utf-8")
+    log = RUN / "logs/sft-7.0.log"
+
+    def ends() -> int:
+        text = script.of_stage(cfg, SFT, [RUN])
+        log.unlink(missing_ok=True)
+        return subprocess.run(["bash"], input=text, text=True, env=env, check=False).returncode
+
+    assert ends() == 0
+    assert log.read_text(encoding="utf-8").splitlines()[-1] == "python cuda"
+    cfg.launch.slurm.setup.append("false")
+    assert ends() == 1
+    assert "python" not in log.read_text(encoding="utf-8")
 
 
-# What stands in for the stage: it waits for the file that asks, and ends with a code.
+# What stands in for the stage: it waits for the file that asks, saves for a while, and ends with a code.
 DRIVER = """\
 #!/bin/bash
 for _ in $(seq 100); do
-  [ -e "$FTPIPE_STOP" ] && exit {code}
+  [ -e "$FTPIPE_STOP" ] && sleep 0.4 && exit {code}
   sleep 0.05
 done
 exit 9
@@ -332,8 +346,9 @@ def test_a_job_that_is_told_to_stop_is_queued_again_if_its_stage_can_go_on(
         log = RUN / "logs/sft-7.0.log"
         while not (log.is_file() and log.stat().st_size):
             assert job.poll() is None
-        subprocess.run(["sleep", "0.15"], check=True)
-        subprocess.run(["kill", f"-{signal}", str(job.pid)], check=True)
+        for number in (signal, signal, "USR1"):  # one more while it saves ends nothing
+            time.sleep(0.12)
+            subprocess.run(["kill", f"-{number}", str(job.pid)], check=True)
     assert job.returncode == ends
     calls = (tmp_path / "calls").read_text(encoding="utf-8").splitlines()
     assert ("requeue 7" in calls) is requeued
