@@ -180,8 +180,8 @@ def test_the_last_words_of_other_ranks_are_shown(
         *(f"  line {number}" for number in range(18, 30)),
         "rank 2 (process 8 on n2) ended without a word",
     ]
-    # what an earlier attempt said is no word of this one, and no part of the artifact
-    stand_in(monkeypatch, DONE)
+    # neither what an earlier attempt said nor what this one says is a part of the artifact
+    stand_in(monkeypatch, "(out / '.rank-3.log').write_text('rank 3')\n" + DONE)
     made, _ = build(cfg)
     assert not list(made.path.glob(".rank*"))
     assert last_words(made.path) == []
