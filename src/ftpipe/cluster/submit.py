@@ -28,7 +28,7 @@ class Point:
     run: Path
 
 
-@dataclass
+@dataclass(eq=False)
 class Task:
     """An artifact that is to be made, for the first run that needs it.
 
@@ -111,22 +111,24 @@ def aligned(group: Sequence[Task], batches: Sequence[Batch]) -> bool:
     """Say whether tasks can be one array: each waits for the same jobs, or for its like in an array."""
     if len({tuple(task.outside) for task in group}) > 1:
         return False
-    for needs in zip(*(task.needs for task in group), strict=False):
+    if len({len(task.needs) for task in group}) > 1:
+        return False
+    for needs in zip(*(task.needs for task in group), strict=True):
         same = all(need is needs[0] for need in needs)
         if not same and not any(batch.tasks == list(needs) for batch in batches):
             return False
-    return len({len(task.needs) for task in group}) == 1
+    return True
 
 
 def dependency(batch: Batch, batches: Sequence[Batch]) -> str:
     """Return what a job waits for, as ``--dependency`` takes it; "" for nothing."""
     words: dict[str, None] = dict.fromkeys(f"afterok:{id_}" for id_ in batch.tasks[0].outside)
-    for need in batch.tasks[0].needs:
-        maker = next(one for one in batches if need in one.tasks)
-        if len(batch.tasks) > 1 and len(maker.tasks) > 1:  # aligned: task by task
-            words[f"aftercorr:{maker.id}"] = None
+    for needs in zip(*(task.needs for task in batch.tasks), strict=True):
+        maker = next(one for one in batches if needs[0] in one.tasks)
+        if len(needs) > 1 and maker.tasks == list(needs):
+            words[f"aftercorr:{maker.id}"] = None  # task by task
         else:
-            words[f"afterok:{maker.id_of(need)}"] = None
+            words[f"afterok:{maker.id_of(needs[0])}"] = None
     return ",".join(words)
 
 

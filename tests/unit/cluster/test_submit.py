@@ -193,6 +193,19 @@ def test_runs_that_do_not_match_task_by_task_are_jobs_of_their_own(
     assert [name for name, _ in submitted(commands)].count("tiny-dpo") == 4
 
 
+def test_an_array_may_wait_for_one_task_of_another(
+    commands: Commands, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("stages=[prepare,sft,dpo]", "data.sources.alpaca.use=[demonstrations]")
+    pairs = "data.sources.p={format: preference, path: 'sample:preference.jsonl'}"
+    for beta in ("0.1", "0.2"):  # what follows the second training is made already
+        make(places(capsys, pairs, *words, "sft.learning_rate=2", f"dpo.beta={beta}")["dpo"])
+    submit(capsys, pairs, *words, "sft.learning_rate=1,2", "dpo.beta=0.1,0.2", "-m")
+    name, after = submitted(commands)[-1]
+    assert name == "tiny-dpo"
+    assert "afterok:103_0" in after.split(",") and "aftercorr" not in after
+
+
 def test_runs_that_ask_for_other_machines_are_jobs_of_their_own(
     commands: Commands, capsys: pytest.CaptureFixture[str]
 ) -> None:
