@@ -106,7 +106,7 @@ class Continuity(TrainerCallback):
     """Lets a training stop where it is asked to, and go on as if nothing had happened.
 
     All ranks end after the same step: one that was asked is enough. The checkpoint that is made then is
-    one too many, so it counts for nothing among those that are kept, and goes with the next that is due.
+    one too many: it goes with the next that is due, which takes no older one's place on its account.
 
     Args:
         checkpoint: what the training goes on from.
@@ -140,7 +140,6 @@ class Continuity(TrainerCallback):
         self.stopped = control.should_training_stop = True
         if not control.should_save:
             control.should_save, self._due = True, False
-            self._keep(args, 1)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

@@ -20,8 +20,9 @@ from tests.integration.test_processes import command
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("empty_folder")]
 
-# Checkpoints at 3 and 6 (the end), lines of metrics at 1, 4 and 6: a stop at 5 is far from either.
-EVERY = ("max_steps=6", "save_every=3", "log_every=4", "learning_rate=1e-3")
+# Checkpoints at 2, 4, 6 and 8 (the end), the last two of which are kept; lines of metrics at 1, 4 and 8:
+# stops at 3 and 7 are at neither.
+EVERY = ("max_steps=8", "save_every=2", "log_every=4", "learning_rate=1e-3")
 PAIRS = (
     "data.sources={p: {format: preference, path: 'sample:preference.jsonl', "
     "use: [preferences, demonstrations, prompts]}}"
@@ -66,9 +67,16 @@ def made(folder: Path, stage: str) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("in_process")
-@pytest.mark.parametrize("stage", WORDS)
-def test_a_stage_that_stops_twice_makes_what_it_would_have_made(
-    stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("stage", "stops"),
+    [("sft", [3, 7]), ("dpo", [3, 7]), ("dpo", [3]), ("reward", [3, 7]), ("ppo", [3, 7])],
+)
+def test_a_stage_that_stops_makes_what_it_would_have_made(
+    stage: str,
+    stops: list[int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for folder in (whole, parts):
@@ -76,17 +84,17 @@ def test_a_stage_that_stops_twice_makes_what_it_would_have_made(
     monkeypatch.chdir(whole)
     assert cli.main(words(stage)) == 0
     monkeypatch.chdir(parts)
-    for steps in (2, 3):  # of each attempt: it ends after 2, then after 5
-        no = iter([False] * (steps - 1))
+    unit = "rollout" if stage == "ppo" else "step"
+    for before, at in zip([0, *stops], stops, strict=False):
+        no = iter([False] * (at - before - 1))
         monkeypatch.setattr(stopping, "asked", lambda no=no: next(no, True))
         assert cli.main(words(stage)) == 75
-    said = capsys.readouterr()
-    unit = "rollout" if stage == "ppo" else "step"
-    assert [f"after {unit} {done} of 6;" in said.err for done in (2, 5)] == [True, True]
-    assert "continuing from checkpoint-2" in said.out
+        said = capsys.readouterr()
+        assert f"after {unit} {at} of 8;" in said.err
+        assert (f"continuing from checkpoint-{before}" in said.out) is (before > 0)
     monkeypatch.setattr(stopping, "asked", lambda: False)
     assert cli.main(words(stage)) == 0
-    assert "continuing from checkpoint-5" in capsys.readouterr().out
+    assert f"continuing from checkpoint-{stops[-1]}" in capsys.readouterr().out
     one, other = made(whole, stage), made(parts, stage)
     assert sorted(other) == sorted(one)
     assert [name for name in one if one[name] != other[name]] == []
@@ -94,7 +102,7 @@ def test_a_stage_that_stops_twice_makes_what_it_would_have_made(
 
 @pytest.mark.usefixtures("in_process")
 def test_a_stop_at_the_last_step_is_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    no = iter([False] * 5)
+    no = iter([False] * 7)
     monkeypatch.setattr(stopping, "asked", lambda: next(no, True))
     assert cli.main(words("sft")) == 0
 

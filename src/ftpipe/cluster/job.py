@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
+from time import monotonic, sleep
 
 from ftpipe import artifacts, pipeline, schema
 from ftpipe.artifacts import Artifact
@@ -46,12 +46,15 @@ def run(folder: Path, stage: str) -> tuple[Artifact, bool]:
         inputs[kind] = made
     print(f"{stage}: {step.stage.does}", flush=True)
     command = Record.read(folder).command
-    until = time.monotonic() + PATIENCE
+    since = monotonic()
+    waits = False
     while True:
         try:
             return run_stage(cfg, step, inputs, folder, command)
         except BusyError as error:
-            if time.monotonic() > until:
+            if monotonic() - since > PATIENCE:
                 raise
-            print(f"{error} This job looks again for {PATIENCE / 60:.0f} minutes.", flush=True)
-            time.sleep(PAUSE)
+            if not waits:
+                print(f"{error} This job waits {PATIENCE / 60:.0f} minutes for that.", flush=True)
+            waits = True
+            sleep(PAUSE)

@@ -167,8 +167,9 @@ def submit(points: Sequence[Point], command: Sequence[str], dry: bool) -> list[s
         assert written == point.run
         (point.run / "logs").mkdir(exist_ok=True)
         pipeline.record(point.run, point.steps)
+        Record(list(command), Record.read(point.run).jobs).write(point.run)  # before a job reads it
     _send(batches, sync, points)
-    return [line for point in points for line in _recorded(point, batches, alive, command)]
+    return [line for point in points for line in _recorded(point, batches, alive)]
 
 
 def _alive(points: Sequence[Point]) -> dict[str, str]:
@@ -226,9 +227,7 @@ def _send(batches: Sequence[Batch], sync: str | None, points: Sequence[Point]) -
         raise
 
 
-def _recorded(
-    point: Point, batches: Sequence[Batch], alive: dict[str, str], command: Sequence[str]
-) -> list[str]:
+def _recorded(point: Point, batches: Sequence[Batch], alive: dict[str, str]) -> list[str]:
     """Write the run's jobs into its folder; return a line for each stage."""
     kept = Record.read(point.run)
     made = {task.step.place: (batch, task) for batch in batches for task in batch.tasks}
@@ -246,6 +245,5 @@ def _recorded(
             id_, note = alive[step.place.name], ", submitted before"
         kept.jobs[name] = Job(id_, step.place.name, after)
         lines.append(f"  {name:9} job {id_}{note}")
-    kept.command = list(command)
     kept.write(point.run)
     return [*lines, f"  follow it with: ftpipe status {point.run}"]

@@ -97,7 +97,8 @@ def test_what_was_submitted_before_a_refusal_is_cancelled(
     commands.refuse("submit", "tiny-sft")
     assert "Slurm refuses the job of 'sft': " in refusal(capsys)
     assert commands.calls()[-1] == "cancel --quiet 101 102"
-    assert not list(Path("outputs/runs").glob("*/slurm.json"))
+    (run,) = Path("outputs/runs").iterdir()
+    assert Record.read(run).jobs == {}
 
 
 def test_a_dry_run_shows_all_and_leaves_nothing(
