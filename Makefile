@@ -31,7 +31,7 @@ $(READY): $(LOCKED) pyproject.toml
 	  { echo "$$problems"; echo 'The lock files do not fit pyproject.toml: run make lock.'; exit 1; } >&2
 	@touch $@
 
-.PHONY: prepare evolve sft merge reward reference dpo ppo run plan inspect
+.PHONY: prepare evolve sft merge reward reference dpo ppo run plan inspect submit
 prepare: ## turn a recipe's raw data into the dataset it trains on
 evolve: ## make instructions harder and rarer with a model (Evol-Instruct)
 sft: ## fine-tune on the demonstrations (runs prepare first if need be)
@@ -43,8 +43,14 @@ dpo: ## learn from preferences without a reward model (DPO, KTO and others)
 run: ## run every stage of a recipe
 plan: ## show what a recipe would run and what it would reuse
 inspect: ## show its dataset, what is learned in colour; args="--row 17", args="--html page.html"
-prepare evolve sft merge reward reference dpo ppo run plan inspect: $(READY)
+submit: ## submit every stage of a recipe to Slurm; args="launch=slurm-1gpu", "--dry-run" to look first
+prepare evolve sft merge reward reference dpo ppo run plan inspect submit: $(READY)
 	@$(BIN)/ftpipe $@ $(RECIPE) $(ARGS)
+
+.PHONY: status
+status: ## say what became of submitted jobs; args=RUN for another than the newest
+status: $(READY)
+	@$(BIN)/ftpipe $@ $(ARGS)
 
 .PHONY: recipes doctor
 recipes: ## list the recipes

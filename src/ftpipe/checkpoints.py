@@ -17,6 +17,8 @@ from ftpipe.errors import ConfigError
 
 CHECKPOINTS = "checkpoints"
 SEAL = "whole.json"  # in each checkpoint, written last: its files, its writers, tokens seen
+UNLOGGED = "unlogged-{}.json"  # in each checkpoint, of each rank: sums since the last line of metrics
+ASKED = "asked"  # in a checkpoint that was not due, made by a training that was asked to stop
 BEFORE = "before.json"  # what was measured before the first step, for a run that is resumed
 
 
@@ -97,6 +99,33 @@ def _size(path: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
 
 
+def read_unlogged(checkpoint: Path, rank: int) -> dict[str, Any] | None:
+    """Return what a rank had summed since its last line of metrics, if it is there."""
+    file = checkpoint / UNLOGGED.format(rank)
+    if not file.is_file():
+        return None
+    summed: dict[str, Any] = json.loads(file.read_text())
+    return summed
+
+
+def write_unlogged(checkpoint: Path, rank: int, summed: dict[str, Any], due: bool) -> None:
+    """Write what a rank has summed since its last line of metrics; call before ``seal``.
+
+    Args:
+        due: a run which nothing interrupts has this checkpoint, too.
+    """
+    write_atomic(checkpoint / UNLOGGED.format(rank), json.dumps(summed, default=float))
+    if not due:
+        (checkpoint / ASKED).touch()
+
+
+def drop_asked(folder: Path, but: Path | None = None) -> None:
+    """Remove the checkpoints that a run which nothing interrupts would not have, except one."""
+    for mark in folder.glob(f"checkpoint-*/{ASKED}"):
+        if mark.parent != but:
+            shutil.rmtree(mark.parent)
+
+
 def read_before(out: Path) -> dict[str, Any] | None:
     """Return what was measured before the first step of the run that is continued, if it is there."""
     if not (out / BEFORE).is_file():
@@ -111,8 +140,11 @@ def write_before(out: Path, measured: dict[str, Any]) -> None:
 
 def tidy(out: Path) -> None:
     """Leave safetensors and text: shards, optimiser states and pickles served only a resume."""
+    for folder in out.rglob(CHECKPOINTS):
+        drop_asked(folder)
     for path in out.rglob("*"):
-        if path.suffix in (".bin", ".pt", ".pth") or path.name == BEFORE:
+        left = path.suffix in (".bin", ".pt", ".pth") or path.match(UNLOGGED.format("*"))
+        if left or path.name == BEFORE:
             path.unlink()
     for folder in out.rglob(CHECKPOINTS):
         (folder / "README.md").unlink(missing_ok=True)

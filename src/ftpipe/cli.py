@@ -13,6 +13,7 @@ from ftpipe.errors import ConfigError, UserError, unknown
 from ftpipe.launch import StageFailed, resolve_device, run_stage
 from ftpipe.pipeline import STAGES, Step
 from ftpipe.smoke import smoke_form
+from ftpipe.stopping import AGAIN, Stopped
 from ftpipe.summary import summary
 
 USAGE = """\
@@ -26,6 +27,9 @@ usage: ftpipe VERB recipe=NAME [key=value ...] [-m]
   inspect   show the prepared dataset: ledger, lengths, rows with what is learned in colour
               --row N, --source NAME, --part train|validation|test, --use NAME: of what alone
               --html FILE: as a page, with more rows
+  submit    the same as jobs of Slurm, with launch=slurm-...: a job for each stage that is to be made
+              --dry-run: show the scripts, submit nothing
+  status    what became of the jobs: [RUN], a run's folder; without it the newest
   recipes   list the recipes
   doctor    show what this machine has
 
@@ -38,7 +42,7 @@ recipes:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return 0, 2 after a user error, 1 after a failed stage."""
+    """Run the command line; return 0, 2 after a user error, 1 after a failed stage, 75 after a stop."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         code = _main(words)
@@ -50,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StageFailed as error:
         print(f"ftpipe: {error}", file=sys.stderr)
         return 1
+    except Stopped as stopped:
+        print(f"ftpipe: {stopped}", file=sys.stderr)
+        return AGAIN
     except KeyboardInterrupt:
         print(
             "ftpipe: interrupted; the same command goes on, from the last checkpoint if there is one",
@@ -74,11 +81,14 @@ def _main(words: list[str]) -> int:
         **{name: lambda rest, name=name: _run(rest, name) for name in STAGES},  # type: ignore[misc]
         "plan": _plan,
         "inspect": _inspect,
+        "submit": _submit,
+        "status": _status,
+        "job": _job,
         "recipes": _recipes,
         "doctor": _doctor,
     }
     if verb not in verbs:
-        raise ConfigError(unknown("verb", verb, verbs))
+        raise ConfigError(unknown("verb", verb, [name for name in verbs if name != "job"]))
     if "-h" in rest or "--help" in rest:
         print(usage())
         return 0
@@ -118,8 +128,11 @@ def _doctor(rest: list[str]) -> int:
     return doctor.main()
 
 
-def configurations(words: list[str]) -> list[RunConfig]:
+def configurations(words: list[str], elsewhere: bool = False) -> list[RunConfig]:
     """Return the checked, resolved configurations of a command line's words.
+
+    Args:
+        elsewhere: they run as jobs, not on this machine.
 
     Raises:
         ConfigError: for anything that does not exist or does not fit.
@@ -138,7 +151,7 @@ def configurations(words: list[str]) -> list[RunConfig]:
         run = smoke_form(cfg) if cfg.smoke else cfg
         run.check()
         expand_home(run)
-        resolve_device(run)
+        resolve_device(run, elsewhere)
         resolved.append(run)
     return resolved
 
@@ -202,6 +215,36 @@ def _run(words: list[str], upto: str | None) -> int:
             print(f"== run {at} of {len(cfgs)}: {cfg.name}", flush=True)
         made = _make(cfg, steps, ["ftpipe", upto or "run", *words])
         print("\n".join(summary(cfg, *made)))
+    return 0
+
+
+def _submit(words: list[str]) -> int:
+    from ftpipe.cluster import submit
+
+    rest = [word for word in words if word != "--dry-run"]
+    cfgs = configurations(rest, elsewhere=True)
+    points = [submit.Point(cfg, pipeline.plan(cfg), pipeline.run_folder(cfg)) for cfg in cfgs]
+    command = ["ftpipe", "submit", *rest]
+    print("\n".join(submit.submit(points, command, dry=len(rest) < len(words))))
+    return 0
+
+
+def _status(words: list[str]) -> int:
+    from ftpipe.cluster import status
+
+    lines, well = status.of_run(status.chosen(words))
+    print("\n".join(lines))
+    return 0 if well else 1
+
+
+def _job(words: list[str]) -> int:
+    """Make one stage of a frozen run, as the script of a job asks for: ``job RUN STAGE``."""
+    from ftpipe.cluster import job
+
+    if len(words) != 2:
+        raise ConfigError("job takes the folder of a run and a stage; `ftpipe submit` makes jobs.")
+    artifact, built = job.run(Path(words[0]), words[1])
+    print("made" if built else "made already", artifact.path)
     return 0
 
 

@@ -94,7 +94,7 @@ def _aio() -> bool:
 REFUSED = (
     Refusal(
         ("launch.strategy", "launch.processes"),
-        lambda cfg, _: _shares_out(cfg) and cfg.launch.processes == 1,
+        lambda cfg, _: _shares_out(cfg) and cfg.launch.nodes * cfg.launch.processes == 1,
         "one process has nobody to share with; set launch.processes to the number of GPUs, or "
         "launch.strategy=ddp",
     ),

@@ -54,7 +54,7 @@ Loader.add_implicit_resolver(BOOL, re.compile("^(true|True|TRUE|false|False|FALS
 
 
 def shipped(name: str) -> Path:
-    """Return the folder ``conf`` or ``recipes``: inside an installed package, else the checkout's."""
+    """Return the folder ``conf``, ``recipes`` or ``slurm``: of the package, or the checkout's."""
     inside = HERE / name
     return inside if inside.is_dir() else HERE.parents[1] / name
 

@@ -38,6 +38,7 @@ from ftpipe.choices import (
 )
 from ftpipe.errors import ConfigError, require, unknown
 from ftpipe.ppo_config import PpoConfig
+from ftpipe.slurm_config import SlurmConfig
 from ftpipe.training_config import DpoConfig, RewardConfig, SftConfig
 
 
@@ -311,7 +312,8 @@ class LaunchConfig:
     """Where it runs. Changes speed and rounding, not what is computed."""
 
     device: Device = Device.auto  # auto: cuda where there is a GPU
-    processes: int = 1  # ranks on this machine
+    processes: int = 1  # ranks on each node
+    nodes: int = 1  # machines that share a training; more than one in jobs of Slurm alone
     micro_batch_size: int = 4  # rows per forward pass of one rank; batch_size is a multiple
     precision: Precision = Precision.auto  # auto: bf16 on cuda, fp32 on cpu
     # ddp: every rank holds everything; zero1, zero2, zero3 (arXiv:1910.02054): ranks share out optimiser
@@ -322,9 +324,20 @@ class LaunchConfig:
     tf32: bool = False  # faster, rounder float32 products on Ampere GPUs and later
     threads: int | None = None  # CPU threads of one rank; null: the cores, shared out
     workers: int | None = None  # processes that prepare data; null: one a core, up to 16
+    timeout_minutes: float = 30.0  # a rank that waits so long for the others ends the stage
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)  # what jobs ask for (slurm_config.py)
+
+    def nodes_of(self, stage: str) -> int:
+        """Return how many nodes share a stage that runs on all ranks."""
+        job = self.slurm.stages.get(stage)
+        return (job and job.nodes) or self.nodes
 
     def check(self) -> None:
         require(self.processes >= 1, "launch.processes", self.processes, "at least 1")
+        require(self.nodes >= 1, "launch.nodes", self.nodes, "at least 1")
+        minutes = self.timeout_minutes
+        require(minutes > 0, "launch.timeout_minutes", minutes, "above 0")
+        self.slurm.check()
         require(
             self.micro_batch_size >= 1,
             "launch.micro_batch_size",
@@ -402,7 +415,8 @@ class RunConfig:
             )
         for trained in training:
             if trained.group in self.stages:
-                trained.check_batch(self.launch.micro_batch_size, self.launch.processes)
+                nodes = self.launch.nodes_of(trained.group)
+                trained.check_batch(self.launch.micro_batch_size, self.launch.processes, nodes)
 
 
 def check_columns(key: str, format_: Format, columns: dict[str, str]) -> None:

@@ -1,6 +1,6 @@
 """Run one stage as one subprocess, and turn its folder into an artifact.
 
-One rank is that process; several are started by ``accelerate launch``.
+One rank is that process; several are started by ``accelerate launch``, in a job of Slurm by ``srun``.
 """
 
 from __future__ import annotations
@@ -15,33 +15,56 @@ from pathlib import Path
 from subprocess import Popen
 from typing import Any
 
-from ftpipe import artifacts, launch_settings, pipeline, provenance
+from ftpipe import artifacts, launch_settings, pipeline, provenance, stopping
 from ftpipe.artifacts import Artifact
 from ftpipe.choices import Device, Precision, Strategy
+from ftpipe.cluster import ranks
 from ftpipe.combinations import TRAIN
 from ftpipe.config import RunConfig
 from ftpipe.errors import ConfigError, DataError, UserError
 from ftpipe.orphans import end_with_parent
-from ftpipe.pipeline import Step
+from ftpipe.pipeline import Stage, Step
 from ftpipe.schema import plain
+from ftpipe.stopping import Stopped
 
 RESULT = ".result.json"  # final metrics and peak memory, written by rank 0 when the stage is done
 DRIVER = "FTPIPE_DRIVER"  # environment variable of a rank: the process that waits for it
 ERROR = ".error.json"  # a user error's sentence, in place of RESULT
+STOPPED = ".stopped.json"  # where a stage was that stopped because it was asked to, in place of RESULT
+STOP = ".stop"  # what asks a stage to stop, unless a job has another name for it
+WORDS = ".rank-{}.log"  # what a rank other than the first prints; gone when it has ended well
+LAST = 12  # lines of them that are shown
 
 
 class StageFailed(RuntimeError):
     """A stage ended without finishing; its own output says why."""
 
 
-def resolve_device(cfg: RunConfig) -> None:
+def resolve_device(cfg: RunConfig, elsewhere: bool = False) -> None:
     """Replace ``auto`` by what this machine has, so that run.yaml states what ran.
 
+    Args:
+        elsewhere: it runs on machines that a job asks for; what this one has is of no account.
+
     Raises:
-        ConfigError: if a GPU is asked for and there is none, or there are too few.
+        ConfigError: if a GPU is asked for and there is none, or there are too few; if several nodes
+            are asked for here, or ``auto`` is left to somewhere else.
     """
-    found = len(visible_gpus())
     launch = cfg.launch
+    if elsewhere:
+        if launch.device is Device.auto:
+            raise ConfigError(
+                "launch.device=auto: a job has to say whether it wants GPUs; choose cuda or cpu, or a "
+                "profile such as launch=slurm-1gpu."
+            )
+        found = launch.processes
+    else:
+        nodes = max(launch.nodes, *map(launch.nodes_of, cfg.stages))
+        if nodes > 1:
+            raise ConfigError(
+                f"launch.nodes={nodes} needs a job of Slurm; submit it with `ftpipe submit`."
+            )
+        found = len(visible_gpus())
     if launch.device is Device.auto:
         launch.device = Device.cuda if found else Device.cpu
     if launch.device is Device.cuda and launch.processes > found:
@@ -77,6 +100,7 @@ def run_stage(
     Raises:
         BusyError: if another process builds the same artifact.
         UserError: if the stage refuses its input; nothing is left behind but what it ``keeps``.
+        Stopped: if it was asked to, and has saved its state.
         StageFailed: if it ends in any other way; its scratch folder stays for a resume.
     """
     with artifacts.building(Path(cfg.output), step.stage.name, step.fingerprint) as partial:
@@ -102,7 +126,7 @@ def run_stage(
         record |= {
             "wall_seconds": round(time.monotonic() - started, 2),
             "peak_memory_gib": round(result["peak_memory_kib"] / 2**20, 3),
-            "world_size": cfg.launch.processes if step.stage.all_ranks else 1,
+            "world_size": ranks_of(cfg, step.stage),
             "seed": cfg.seed,
         }
         if diff is not None:
@@ -125,30 +149,35 @@ def _spawn(
 ) -> dict[str, Any]:
     """Run the stage to its end and return what its first rank reports."""
     name = step.stage.name
-    for left in (ERROR, RESULT):
+    for left in (ERROR, RESULT, STOPPED, STOP):
         (partial / left).unlink(missing_ok=True)
+    forget_words(partial)
     resumed = any(partial.iterdir())
+    settings = run / f"{name}.accelerate.yaml"
     job = {
         "stage": name,
         "run": str(run),
         "inputs": {kind: str(artifact.path) for kind, artifact in inputs.items()},
         "out": str(partial),
+        "settings": str(settings),
     }
     artifacts.write_atomic(run / f"{name}.job.json", json.dumps(job, indent=1) + "\n")
-    processes = cfg.launch.processes if step.stage.all_ranks else 1
+    processes = ranks_of(cfg, step.stage)
     if name not in TRAIN:  # there is nothing to share out
         cfg = replace(cfg, launch=replace(cfg.launch, strategy=Strategy.ddp))
-    process = Popen(
-        launch_command(cfg, processes, run / "accelerate.yaml", run / f"{name}.job.json"),
-        env=environment(cfg, processes),
-        preexec_fn=die_with_parent,
-    )
-    try:
-        code = process.wait()
-    except BaseException:  # Ctrl-C or a signal: the launcher passes it on; wait for its ranks
-        process.terminate()
-        process.wait()
-        raise
+    stop = Path(os.environ.get(stopping.FILE) or partial.absolute() / STOP)
+    with stopping.passed_on(stop, name, step.stage.stops):
+        process = Popen(
+            launch_command(cfg, processes, settings, run / f"{name}.job.json"),
+            env=environment(cfg, processes) | {stopping.FILE: str(stop)},
+            preexec_fn=die_with_parent,
+        )
+        try:
+            code = process.wait()
+        except BaseException:  # Ctrl-C or a signal: the launcher passes it on; wait for its ranks
+            process.terminate()
+            process.wait()
+            raise
     if (partial / ERROR).is_file():
         sentence = json.loads((partial / ERROR).read_text())["error"]
         found = partial.glob(step.stage.keeps) if step.stage.keeps else ()
@@ -157,11 +186,38 @@ def _spawn(
         if not resumed and not kept:
             artifacts.discard(partial)
         raise UserError(sentence)
+    if (partial / STOPPED).is_file():
+        where = json.loads((partial / STOPPED).read_text())["where"]
+        raise Stopped(f"stage '{name}' stopped as it was asked to, {where}; the same command goes on.")
     if code != 0 or not (partial / RESULT).is_file():
+        for line in last_words(partial):
+            print(line, file=sys.stderr)
         raise StageFailed(f"stage '{name}' ended with code {code}; its output above says why.")
+    forget_words(partial)
+    (partial / STOP).unlink(missing_ok=True)  # it was asked to stop, but was done by then
     result = _result(partial)
     assert result is not None
     return result
+
+
+def ranks_of(cfg: RunConfig, stage: Stage) -> int:
+    """Return how many ranks run a stage, on all nodes."""
+    return cfg.launch.nodes_of(stage.name) * cfg.launch.processes if stage.all_ranks else 1
+
+
+def forget_words(partial: Path) -> None:
+    for left in partial.glob(WORDS.format("*")):
+        left.unlink()
+
+
+def last_words(partial: Path) -> list[str]:
+    """Return the last lines of the ranks, other than the first, that did not end well."""
+    lines = []
+    for file in sorted(partial.glob(WORDS.format("*"))):
+        head, *said = file.read_text(encoding="utf-8", errors="replace").splitlines() or [file.name]
+        lines += [f"{head} {'ended after these lines:' if said else 'ended without a word'}"]
+        lines += [f"  {line}" for line in said[-LAST:]]
+    return lines
 
 
 def _result(partial: Path) -> dict[str, Any] | None:
@@ -173,13 +229,15 @@ def _result(partial: Path) -> dict[str, Any] | None:
 
 
 def launch_command(cfg: RunConfig, processes: int, settings: Path, job: Path) -> list[str]:
-    """Return the command of one stage: of its only rank, or ``accelerate launch`` of several.
+    """Return the command that starts a stage's ranks: ``accelerate launch``, or ``srun`` in a job.
 
-    A launcher would add nothing to one rank but the seconds that its imports take. Its settings are
-    written to a file, which keeps a default configuration in the user's home from changing the launch.
+    To a rank that is alone a launcher would add nothing but the seconds that its imports take. The
+    settings of several are written to a file, which keeps a default configuration in the user's home
+    from changing the launch; ranks of ``srun`` read them from it.
     """
     if processes == 1:
-        return [sys.executable, "-m", "ftpipe.worker", str(job)]
+        alone = [sys.executable, "-m", "ftpipe.worker", str(job)]
+        return ranks.command(cfg.launch.slurm, 1, job) if ranks.by_srun() else alone
     launch = cfg.launch
     lines: dict[str, Any] = {
         "compute_environment": "LOCAL_MACHINE",
@@ -196,6 +254,8 @@ def launch_command(cfg: RunConfig, processes: int, settings: Path, job: Path) ->
     told = {key: value for key, value in lines.items() if value is not None}
     # YAML takes dicts as Python prints them
     artifacts.write_atomic(settings, "".join(f"{key}: {value}\n" for key, value in told.items()))
+    if ranks.by_srun():
+        return ranks.command(launch.slurm, processes, job)
     return [
         *(sys.executable, "-m", "accelerate.commands.launch"),
         *("--config_file", str(settings), "--quiet"),
@@ -210,7 +270,9 @@ def mixed(precision: Precision) -> str:
 
 def environment(cfg: RunConfig, processes: int) -> dict[str, str]:
     """Return the environment of the ranks: threads shared out, hashing and cuBLAS repeatable."""
-    threads = cfg.launch.threads or max(1, len(os.sched_getaffinity(0)) // processes)
+    in_job = ranks.by_srun()
+    here = min(processes, cfg.launch.processes) if in_job else processes  # on this node
+    threads = cfg.launch.threads or max(1, len(os.sched_getaffinity(0)) // here)
     fixed: dict[str, Any] = {
         "OMP_NUM_THREADS": threads,
         "PYTHONHASHSEED": 0,
@@ -218,13 +280,16 @@ def environment(cfg: RunConfig, processes: int) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": 1,
         "ACCELERATE_MIXED_PRECISION": mixed(cfg.launch.precision),
-        DRIVER: os.getpid(),
     }
+    if not in_job:
+        fixed[DRIVER] = os.getpid()
+    elif processes > 1:
+        fixed |= ranks.meeting_point()
     if cfg.launch.device is Device.cpu:
         fixed |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
         if processes == 1 or cfg.launch.strategy not in launch_settings.STAGES:
             fixed["ACCELERATE_USE_CPU"] = "true"  # accelerate leaves DeepSpeed out where it reads this
-    else:  # one a rank: a process that sees several would spread one batch over them (DataParallel)
+    elif not in_job:  # one a rank: a process that sees several would spread one batch over them
         fixed["CUDA_VISIBLE_DEVICES"] = ",".join(visible_gpus()[:processes])
     return {**os.environ, **{key: str(value) for key, value in fixed.items()}}
 

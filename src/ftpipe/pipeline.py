@@ -32,6 +32,8 @@ class Stage:
         pins: outside input that decides its result, by content (see ``pins.PINS``).
         all_ranks: whether it runs on every rank, or on one.
         resumes: whether an interrupted build is continued from what it left.
+        stops: whether it saves and ends when it is asked to, so that nothing is lost.
+        on_gpu: whether it computes where ``launch.device`` says; else a job asks for no GPU.
         keeps: pattern of files that an error leaves and that are worth continuing from.
         unused: which of ``needs``, ``takes``, ``reads`` and ``pins`` a configuration makes no use of.
         version: raised whenever the same input gives another result.
@@ -47,6 +49,8 @@ class Stage:
     pins: tuple[str, ...] = ()
     all_ranks: bool = False
     resumes: bool = False
+    stops: bool = False
+    on_gpu: Callable[[RunConfig], bool] = lambda cfg: True
     keeps: str = ""
     unused: Callable[[RunConfig], Collection[str]] = lambda cfg: ()
     version: int = 1
@@ -93,6 +97,7 @@ STAGES = table(
         does="writes an ordinary model folder from a GGUF file or from random weights",
         makes="base_model",
         reads=("model.init", "model.architecture", "model.trust_remote_code"),
+        on_gpu=lambda cfg: False,
         pins=("model", "tokenizer"),
     ),
     Stage(
@@ -102,7 +107,9 @@ STAGES = table(
         takes=("base_model",),
         reads=("evolve", "model", "launch.precision"),
         pins=("seeds", "model", "tokenizer"),
+        on_gpu=lambda cfg: cfg.evolve.url is None,
         resumes=True,
+        stops=True,
         keeps="journal.jsonl",
         unused=_unused_by_evolve,
         version=2,
@@ -113,6 +120,7 @@ STAGES = table(
         makes="dataset",
         takes=("base_model", "evolved"),
         reads=("data", "model.trust_remote_code", "model.new_tokens"),
+        on_gpu=lambda cfg: False,
         pins=("data", "tokenizer"),
         version=4,
     ),
@@ -127,6 +135,7 @@ STAGES = table(
         pins=("model",),
         all_ranks=True,
         resumes=True,
+        stops=True,
         version=2,
     ),
     Stage(
@@ -147,6 +156,7 @@ STAGES = table(
         pins=("model",),
         all_ranks=True,
         resumes=True,
+        stops=True,
         unused=lambda cfg: _unused_by_start(cfg.reward.start),
     ),
     Stage(
@@ -172,6 +182,7 @@ STAGES = table(
         pins=("model",),
         all_ranks=True,
         resumes=True,
+        stops=True,
         unused=_unused_by_dpo,
     ),
     Stage(
@@ -185,6 +196,7 @@ STAGES = table(
         pins=("model",),
         all_ranks=True,
         resumes=True,
+        stops=True,
         keeps="checkpoints/*/state.json",
         unused=_unused_by_ppo,
     ),
@@ -231,6 +243,7 @@ def check_stages(names: Sequence[str], cfg: RunConfig) -> None:
     """
     if not names:
         raise ConfigError(f"stages is empty; choose from {', '.join(STAGES)}.")
+    cfg.launch.slurm.check_names(STAGES)
     made: set[str] = set()
     for at, name in enumerate(names):
         if name not in STAGES:
@@ -401,17 +414,22 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, A
             yield f"{prefix}{key}", value
 
 
+def run_folder(cfg: RunConfig) -> Path:
+    """Return the folder of a run.
+
+    Its name holds a digest of the resolved configuration, so that repeating a command comes back to the
+    same run.
+    """
+    return Path(cfg.output) / "runs" / f"{cfg.name}-{artifacts.fingerprint(plain(cfg))[:8]}"
+
+
 def write_run(cfg: RunConfig, text: str) -> Path:
     """Write ``run.yaml`` into the run's folder and return the folder.
-
-    The folder's name holds a digest of the resolved configuration, so that repeating a command
-    comes back to the same run.
 
     Raises:
         UserError: if the output folder cannot be written.
     """
-    print_ = artifacts.fingerprint(plain(cfg))[:8]
-    folder = Path(cfg.output) / "runs" / f"{cfg.name}-{print_}"
+    folder = run_folder(cfg)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         artifacts.write_atomic(folder / "run.yaml", text)  # also over one that was edited

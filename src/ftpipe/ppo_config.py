@@ -160,7 +160,7 @@ class PpoConfig(TrainingConfig):
             "auto or policy with ppo.reward=function",
         )
 
-    def check_batch(self, micro_batch_size: int, processes: int) -> None:
+    def check_batch(self, micro_batch_size: int, processes: int, nodes: int = 1) -> None:
         """Refuse a rollout that leaves a rank without an answer; any other division is as good."""
-        least = processes * self.minibatches
+        least = nodes * processes * self.minibatches
         self._require("batch_size", self.batch_size >= least, f"at least {least}, one for each rank")

@@ -92,10 +92,13 @@ def smoke_form(cfg: RunConfig) -> RunConfig:
     small.data.validation = 4
     trained = (small.sft, small.reward, small.dpo, small.ppo)
     largest = max((stage.batch_size for stage in trained if stage.group in cfg.stages), default=0)
+    launch = small.launch
+    for job in launch.slurm.stages.values():
+        job.nodes = None  # all stages have as many ranks
+    ranks = launch.nodes * launch.processes
     if largest > ROWS_PER_STEP:
-        launch = small.launch
-        launch.micro_batch_size = min(launch.micro_batch_size, max(1, ROWS_PER_STEP // launch.processes))
-    at_once = small.launch.micro_batch_size * small.launch.processes
+        launch.micro_batch_size = min(launch.micro_batch_size, max(1, ROWS_PER_STEP // ranks))
+    at_once = launch.micro_batch_size * ranks
     for stage in trained:
         if stage.max_steps is None or stage.max_steps > STEPS:
             stage.max_steps = STEPS
@@ -107,7 +110,7 @@ def smoke_form(cfg: RunConfig) -> RunConfig:
         answers.sample_tokens = min(answers.sample_tokens, 8)
     small.ppo.max_new_tokens = min(small.ppo.max_new_tokens, 8)
     # a smaller rollout still has as many updates as divide what each rank has of it
-    of_rank = small.ppo.batch_size // small.launch.processes
+    of_rank = small.ppo.batch_size // ranks
     small.ppo.minibatches = math.gcd(small.ppo.minibatches, of_rank)
     small.ppo.answers_per_prompt = math.gcd(small.ppo.answers_per_prompt, small.ppo.batch_size)
     small.ppo.samples = min(small.ppo.samples, 1)

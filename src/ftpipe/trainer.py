@@ -34,6 +34,7 @@ class Ordered(Trainer):
 
     Attributes:
         tokens_seen: so far by all ranks, without padding; whoever computes the loss counts them.
+        due: a run which nothing interrupts has the next checkpoint, too.
     """
 
     def __init__(self, order: Order, launch: LaunchConfig, **options: Any) -> None:
@@ -41,7 +42,21 @@ class Ordered(Trainer):
         self._launch = launch
         self.strategy, self._ranks = in_force(launch)
         self.tokens_seen = 0
+        self.due = True
         super().__init__(**options)
+
+    def unlogged(self) -> dict[str, Any]:
+        """Return what this rank has summed since the last line of metrics, as JSON takes it.
+
+        A Trainer leaves it out of its checkpoints, so that the first line after a resume would be a
+        mean over fewer steps than that of a run which nothing interrupts.
+        """
+        return {"loss": self._tr_loss.item(), "since": self._globalstep_last_logged}
+
+    def recall(self, unlogged: dict[str, Any]) -> None:
+        """Go on from what ``unlogged`` returned, once a resumed training has begun."""
+        self._tr_loss.fill_(unlogged["loss"])
+        self._globalstep_last_logged = unlogged["since"]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Order:
         return self._order
@@ -99,9 +114,10 @@ class Ordered(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint, each rank its part, and seal it when all have."""
         super()._save_checkpoint(model, trial)
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        checkpoints.write_unlogged(folder, self.args.process_index, self.unlogged(), self.due)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
-            folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
             checkpoints.seal(folder, self.tokens_seen, self.strategy, self._ranks)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -149,6 +165,13 @@ class DemonstrationTrainer(Ordered, SFTTrainer):
     def __init__(self, order: Order, launch: LaunchConfig, **options: Any) -> None:
         super().__init__(order, launch, **options)
         self.model_accepts_loss_kwargs = True
+
+    def unlogged(self) -> dict[str, Any]:
+        return super().unlogged() | {"metrics": dict(self._metrics["train"])}
+
+    def recall(self, unlogged: dict[str, Any]) -> None:
+        super().recall(unlogged)
+        self._metrics["train"].update(unlogged["metrics"])
 
     def compute_loss(
         self,

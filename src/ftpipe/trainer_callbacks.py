@@ -5,16 +5,20 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from transformers import TrainerCallback
 
+from ftpipe import checkpoints, stopping
 from ftpipe.logs import on_terminal, say
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
     from ftpipe.tracking import Tracker
+    from ftpipe.trainer import Ordered
 
 # TRL's names where they are not ours
 NAMES = {"mean_token_accuracy": "token_accuracy", "num_tokens": "tokens"}
@@ -92,6 +96,64 @@ class Beginning(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         self._first()
+
+
+class Continuity(TrainerCallback):
+    """Lets a training stop where it is asked to, and go on as if nothing had happened.
+
+    All ranks end after the same step: one that was asked is enough. The checkpoint that is made then is
+    one too many: it goes with the next, which takes no older one's place on its account.
+
+    Args:
+        checkpoint: what the training goes on from.
+
+    Attributes:
+        stopped: whether it was asked to.
+    """
+
+    def __init__(self, trainer: Ordered, checkpoint: Path | None) -> None:
+        self._trainer = trainer
+        self._checkpoint = checkpoint
+        self._extra = checkpoint is not None and (checkpoint / checkpoints.ASKED).is_file()
+        self.stopped = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self._checkpoint is None:
+            return
+        unlogged = checkpoints.read_unlogged(self._checkpoint, args.process_index)
+        if unlogged is not None:
+            self._trainer.recall(unlogged)
+        self._keep(args, int(self._extra))
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if not self._all_asked() or state.global_step >= state.max_steps:
+            return
+        self.stopped = control.should_training_stop = True
+        if not control.should_save:
+            control.should_save, self._trainer.due = True, False
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        made = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        if self._trainer.is_world_process_zero():
+            checkpoints.drop_asked(made.parent, but=made)
+        self._keep(args, -int(self._extra))
+        self._extra = False
+
+    def _all_asked(self) -> bool:
+        accelerator = self._trainer.accelerator
+        asked = torch.tensor(float(stopping.asked()), device=accelerator.device)
+        return bool(accelerator.reduce(asked, reduction="sum") > 0)
+
+    @staticmethod
+    def _keep(args: TrainingArguments, more: int) -> None:
+        if args.save_total_limit is not None:
+            args.save_total_limit += more
 
 
 def in_words(measured: Mapping[str, float]) -> str:

@@ -14,7 +14,8 @@ from ftpipe.checkpoints import CHECKPOINTS, tokens_seen
 from ftpipe.choices import Device, Optimizer, Precision, Strategy
 from ftpipe.errors import ConfigError
 from ftpipe.logs import on_terminal, say
-from ftpipe.trainer_callbacks import Beginning
+from ftpipe.stopping import Stopped
+from ftpipe.trainer_callbacks import Beginning, Continuity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerState
@@ -119,13 +120,20 @@ def train(trainer: Ordered, checkpoint: Path | None, first: Callable[[], object]
     Args:
         first: called on every rank before the first step, when the model is where it is trained, and in
             shards if it is to be.
+
+    Raises:
+        Stopped: if it was asked to stop, and has saved a checkpoint.
     """
     trainer.add_callback(Beginning(first))
     if checkpoint is not None:
         say(f"continuing from {checkpoint.name}")
         trainer.tokens_seen = tokens_seen(checkpoint)
     before = trainer.tokens_seen
+    continuity = Continuity(trainer, checkpoint)
+    trainer.add_callback(continuity)
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if continuity.stopped:
+        raise Stopped(f"after step {trainer.state.global_step} of {trainer.state.max_steps}")
     seconds = result.metrics["train_runtime"]
     return summary(trainer.state, trainer.tokens_seen, before, seconds)
 

@@ -58,12 +58,13 @@ class TrainingConfig:
         for key in ("log_every", "keep_checkpoints"):
             self._require(key, getattr(self, key) >= 1, "at least 1")
 
-    def check_batch(self, micro_batch_size: int, processes: int) -> None:
+    def check_batch(self, micro_batch_size: int, processes: int, nodes: int = 1) -> None:
         """Refuse a batch that the ranks cannot share out."""
-        if self.batch_size % (micro_batch_size * processes):
+        if self.batch_size % (micro_batch_size * processes * nodes):
+            over = f" x {nodes} nodes" if nodes > 1 else ""
             raise ConfigError(
                 f"{self.group}.batch_size={self.batch_size} is not a multiple of "
-                f"launch.micro_batch_size={micro_batch_size} x launch.processes={processes}; "
+                f"launch.micro_batch_size={micro_batch_size} x launch.processes={processes}{over}; "
                 "choose values that divide it."
             )
 

@@ -1,6 +1,6 @@
 """What each rank runs: read run.yaml, seed, import the stage, call it.
 
-``python -m ftpipe.worker JOB.json``, started by ``launch``; never imports Hydra.
+``python -m ftpipe.worker JOB.json``, started by ``launch`` or by Slurm; never imports Hydra.
 """
 
 from __future__ import annotations
@@ -10,20 +10,27 @@ import importlib
 import json
 import os
 import resource
+import socket
 import sys
+from datetime import timedelta
 from pathlib import Path
 
-from ftpipe import schema
+from ftpipe import schema, stopping
 from ftpipe.artifacts import open_artifact, write_atomic
 from ftpipe.choices import Device
+from ftpipe.cluster import ranks
+from ftpipe.config import RunConfig
 from ftpipe.errors import UserError
-from ftpipe.launch import ERROR, RESULT, die_with_parent
+from ftpipe.launch import ERROR, RESULT, STOPPED, WORDS, die_with_parent
 from ftpipe.logs import quiet_libraries
+from ftpipe.pipeline import STAGES
+from ftpipe.stopping import Stopped
 
 
 def main(argv: list[str]) -> int:
     """Run one stage; a user error leaves its sentence for the driver."""
-    die_with_parent()
+    if not ranks.by_srun():  # which ends its tasks itself
+        die_with_parent()
     job = json.loads(Path(argv[0]).read_text())
     cfg = schema.load(Path(job["run"]) / "run.yaml")
     out = Path(job["out"])
@@ -32,6 +39,7 @@ def main(argv: list[str]) -> int:
         import torch
 
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # weights are loaded where it points
+    meet(cfg)
     first = os.environ.get("RANK", "0") == "0"
     try:
         stage = importlib.import_module(f"ftpipe.stages.{job['stage']}")
@@ -40,7 +48,12 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         # Every rank sees the same input, so any of them may tell. They end as if all were well, since
         # torch's launcher would print a page about each that does not; the driver looks for the file.
+        # Slurm prints a line, and ends those that still wait for this one.
         write_atomic(out / ERROR, json.dumps({"error": str(error)}))
+        return 1 if ranks.by_srun() else 0
+    except Stopped as stopped:
+        if first:
+            write_atomic(out / STOPPED, json.dumps({"where": str(stopped)}))
         return 0
     except KeyboardInterrupt:
         return 130
@@ -55,5 +68,40 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def meet(cfg: RunConfig) -> None:
+    """Join the other ranks, if there are any, for no longer a wait than the configuration has it.
+
+    A Trainer would do it later, and on processors with torch's own limit of half an hour.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState
+
+        limit = timedelta(minutes=cfg.launch.timeout_minutes)
+        PartialState(cpu=cfg.launch.device is Device.cpu, timeout=limit)
+
+
+def process(argv: list[str]) -> int:
+    """Be a rank: know one's place, answer Slurm, keep one's words apart from those of the first."""
+    job = json.loads(Path(argv[0]).read_text())
+    if ranks.by_srun():
+        os.environ.update(ranks.place(os.environ))
+        if "RANK" in os.environ:  # one that is alone was told all by its driver
+            os.environ.update(ranks.told_by_accelerate(Path(job["settings"])))
+        if STAGES[job["stage"]].stops:
+            stopping.listen()
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        return main(argv)
+    words = Path(job["out"]) / WORDS.format(rank)
+    with words.open("w", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    print(f"rank {rank} (process {os.getpid()} on {socket.gethostname()})", flush=True)
+    code = main(argv)
+    if code == 0:
+        words.unlink(missing_ok=True)
+    return code
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(process(sys.argv[1:]))

@@ -21,6 +21,7 @@ HEAVY = {
 }
 # The driver composes, plans and launches; the work below it knows nothing of that.
 DRIVER = {"cli", "compose", "doctor", "launch", "pipeline", "smoke", "worker"}
+DRIVER |= {f"cluster.{name}" for name in ("job", "script", "status", "submit")}
 LIGHT = (
     "cli",
     "pipeline",
@@ -30,6 +31,13 @@ LIGHT = (
     "config",
     "training_config",
     "ppo_config",
+    "slurm_config",
+    "cluster.job",
+    "cluster.ranks",
+    "cluster.script",
+    "cluster.status",
+    "cluster.submit",
+    "stopping",
     "choices",
     "schema",
     "smoke",

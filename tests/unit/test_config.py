@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import typing
 from typing import Any
 
@@ -24,6 +25,7 @@ from ftpipe.choices import (
 from ftpipe.config import RunConfig, is_commit
 from ftpipe.errors import ConfigError
 from ftpipe.schema import all_keys
+from ftpipe.slurm_config import StageJobConfig
 
 COMMIT = "4782ad278652c7c71b72204d462d6d01eaaf7549"
 
@@ -155,6 +157,15 @@ BAD: list[tuple[str, Any]] = [
     ("ppo.health.min_eos_rate", 0.0),
     ("ppo.health.patience", 0),
     ("launch.processes", 0),
+    ("launch.nodes", 0),
+    ("launch.timeout_minutes", 0.0),
+    ("launch.timeout_minutes", float("inf")),
+    ("launch.slurm.gpus", -1),
+    ("launch.slurm.cpus", 0),
+    ("launch.slurm.warning_seconds", -1),
+    ("launch.slurm.stages.sft.nodes", 0),
+    ("launch.slurm.stages.sft.gpus", -1),
+    ("launch.slurm.stages.sft.cpus", 0),
     ("launch.micro_batch_size", 0),
     ("launch.threads", 0),
     ("launch.workers", 0),
@@ -232,6 +243,11 @@ FINE: list[tuple[str, Any]] = [
     ("dpo.alpha", None),
     ("dpo.samples", 0),
     ("launch.processes", 2),
+    ("launch.nodes", 2),
+    ("launch.timeout_minutes", 0.1),
+    ("launch.slurm.gpus", 0),
+    ("launch.slurm.cpus", 1),
+    ("launch.slurm.warning_seconds", 0),
     ("launch.micro_batch_size", 1),
     ("launch.threads", 1),
     ("launch.sharding.bucket", 1000),
@@ -249,6 +265,7 @@ def put(cfg: RunConfig, key: str, value: Any) -> None:
 
 @pytest.mark.parametrize(("key", "value"), BAD, ids=[f"{key}={value}" for key, value in BAD])
 def test_a_value_that_cannot_work_is_refused_by_its_key(cfg: RunConfig, key: str, value: Any) -> None:
+    cfg.launch.slurm.stages = {"sft": StageJobConfig()}
     cfg.check()
     put(cfg, key, value)
     with pytest.raises(ConfigError) as refused:
@@ -265,7 +282,8 @@ def test_a_value_at_the_edge_is_accepted(cfg: RunConfig, key: str, value: Any) -
 
 def test_every_number_of_the_schema_has_a_bad_value_above() -> None:
     numbers = {int, float, int | None, float | None}
-    tried = {key.replace("sources.mine", "sources.<name>") for key, _ in BAD}
+    named = (("sources.mine", "sources.<name>"), ("stages.sft", "stages.<name>"))
+    tried = {functools.reduce(lambda key, one: key.replace(*one), named, key) for key, _ in BAD}
     groups = {key.split(".")[0] for key in tried}  # a later stage's group has tests of its own
     untried = [
         key
@@ -371,6 +389,21 @@ def test_the_batch_is_made_of_whole_micro_batches(
         cfg.check()
     for said in (f"={batch} ", f"launch.micro_batch_size={micro} ", f"launch.processes={processes};"):
         assert said in str(refused.value)
+
+
+def test_a_batch_is_shared_out_over_nodes(cfg: RunConfig) -> None:
+    cfg.sft.batch_size, cfg.launch.micro_batch_size, cfg.launch.processes = 16, 2, 4
+    cfg.launch.nodes = 2
+    cfg.check()
+    cfg.launch.slurm.stages = {"sft": StageJobConfig(nodes=3)}
+    with pytest.raises(ConfigError, match=r"^sft\.batch_size=16 .* x launch\.processes=4 x 3 nodes; "):
+        cfg.check()
+    cfg.sft.batch_size = 24
+    cfg.check()
+    cfg.stages = ["prepare", "ppo"]
+    cfg.ppo.batch_size, cfg.ppo.minibatches = 14, 2
+    with pytest.raises(ConfigError, match=r"^ppo\.batch_size=14 .*at least 16"):  # 2 nodes, not 3
+        cfg.check()
 
 
 def test_a_model_needs_a_path_or_an_architecture(cfg: RunConfig) -> None:

@@ -25,6 +25,7 @@ from ftpipe.config import EvalSetConfig, RunConfig
 from ftpipe.errors import BusyError, ConfigError, DataError, UserError
 from ftpipe.launch import StageFailed, environment, launch_command, resolve_device, run_stage
 from ftpipe.pipeline import Step
+from ftpipe.slurm_config import StageJobConfig
 
 
 @pytest.fixture
@@ -283,6 +284,14 @@ def test_only_what_trains_is_shared_out(
     made, _ = run_stage(cfg, step, {}, run, ["ftpipe"])
     assert asked == [strategy]
     assert made.manifest["config"]["launch"]["strategy"] == "zero2"  # as it was asked for
+
+
+def test_ranks_are_those_of_all_nodes(cfg: RunConfig) -> None:
+    cfg.launch.processes, cfg.launch.nodes = 4, 2
+    cfg.launch.slurm.stages = {"dpo": StageJobConfig(nodes=3), "merge": StageJobConfig(nodes=3)}
+    stages = pipeline.STAGES
+    found = {name: launch.ranks_of(cfg, stages[name]) for name in ("prepare", "sft", "dpo", "merge")}
+    assert found == {"prepare": 1, "sft": 8, "dpo": 12, "merge": 1}
 
 
 def test_a_stage_that_is_made_already_is_not_built_again(

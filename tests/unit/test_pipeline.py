@@ -19,6 +19,7 @@ from ftpipe.config import EvalSetConfig, ModelConfig, RunConfig, SourceConfig
 from ftpipe.errors import ConfigError, UserError
 from ftpipe.pipeline import STAGES, Stage, check_stages, plan
 from ftpipe.schema import all_keys
+from ftpipe.slurm_config import StageJobConfig
 
 from .test_config import COMMIT, put
 from .test_schema import another
@@ -221,11 +222,12 @@ def test_a_value_changes_the_stages_that_it_decides(
     expected = KEYS.get(key, GROUPS[key.split(".")[0]])
     questions = EvalSetConfig(format=EvalFormat.text, path=str(rows))
     cfg.data.decontaminate = {"mine": questions}
+    cfg.launch.slurm.stages = {"sft": StageJobConfig()}
     value: Any = None
 
     def change(other: RunConfig) -> None:
         nonlocal value
-        path = key.replace("<name>", "mine")
+        path = key.replace("stages.<name>", "stages.sft").replace("<name>", "mine")
         part: Any = other
         for name in path.split("."):
             part = part[name] if isinstance(part, dict) else getattr(part, name)

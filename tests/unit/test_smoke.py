@@ -14,6 +14,7 @@ from ftpipe.config import RunConfig, SourceConfig
 from ftpipe.errors import ConfigError
 from ftpipe.pins import local_data
 from ftpipe.schema import all_keys
+from ftpipe.slurm_config import StageJobConfig
 
 # Sizes as published: config.json of each model's hub repository.
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -270,6 +271,16 @@ def test_the_smoke_form_of_what_fits_fits(
     small.check()
     assert small.launch.processes == processes
     assert small.sft.batch_size <= max(8, processes)
+
+
+def test_the_smoke_form_of_several_nodes_fits_on_them(big: RunConfig) -> None:
+    big.launch.processes, big.launch.nodes, big.launch.micro_batch_size = 4, 2, 4
+    big.launch.slurm.stages = {"sft": StageJobConfig(nodes=4)}
+    small = smoke.smoke_form(big)
+    small.check()
+    assert (small.launch.nodes_of("sft"), small.launch.micro_batch_size) == (2, 1)
+    assert small.sft.batch_size == 8
+    assert big.launch.nodes_of("sft") == 4
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
+from ftpipe import stopping
 from ftpipe.artifacts import write_atomic
 from ftpipe.logs import progress
+from ftpipe.stopping import Stopped
 
 JOURNAL = "journal.jsonl"
 
@@ -93,6 +95,7 @@ class Journal:
 
         Raises:
             UserError: if the endpoint cannot be used; what has finished by then is in the journal.
+            Stopped: if it was asked to stop; as above.
         """
         keys = [call.key(endpoint.model) for call in calls]
         self._used |= dict.fromkeys(keys)
@@ -104,6 +107,8 @@ class Journal:
                 waiting += [call for _, call in batch]
         for call, said in progress(endpoint.complete(waiting), what):
             self._add(call.key(endpoint.model), said)
+            if stopping.asked():
+                raise Stopped(f"with {len(self):,} calls in its journal")
         return [self._known[key] for key in keys]
 
     def _add(self, key: str, said: Said) -> None:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import gather_object
 
-from ftpipe import sharding
+from ftpipe import sharding, stopping
 from ftpipe.errors import HealthError
 from ftpipe.logs import say
 from ftpipe.ppo import functions, generation, health, state
@@ -44,6 +44,7 @@ from ftpipe.ppo.layout import (
 from ftpipe.ppo.roles import Role, Roles, body_of
 from ftpipe.ppo.update import Ranks, Updater
 from ftpipe.sequences import Order, dealt, upcoming
+from ftpipe.stopping import Stopped
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -121,6 +122,7 @@ class PpoTrainer:
         Raises:
             HealthError: if the run is not healthy; its state is saved.
             DataError: if the reward function fails.
+            Stopped: if it was asked to stop; its state is saved.
         """
         for rollout in range(self.progress.rollouts, self.rollouts):
             try:
@@ -137,11 +139,21 @@ class PpoTrainer:
             done = self.progress.rollouts
             if self.ppo.eval_every and done % self.ppo.eval_every == 0:
                 measure(done)  # before the checkpoint, which nothing would measure any more
-            if self.ppo.save_every and (done % self.ppo.save_every == 0 or done == self.rollouts):
+            due = self.ppo.save_every and (done % self.ppo.save_every == 0 or done == self.rollouts)
+            stop = self._all_asked() and done < self.rollouts
+            if due or stop:
                 self._save()
+            if stop:
+                raise Stopped(f"after rollout {done} of {self.rollouts}")
         first, last = self.progress.first, self.progress.last
         named = {f"{name}_first": first[name] for name in ("score", "kl", "length", "entropy")}
         return {"rollouts": float(self.progress.rollouts), **named, **last}
+
+    def _all_asked(self) -> bool:
+        """Say whether any rank was asked to stop."""
+        asked = torch.tensor(float(stopping.asked()), device=self.roles.device)
+        self.ranks.sum([asked])
+        return bool(asked > 0)
 
     def _rollout(self, rollout: int) -> dict[str, float]:
         """Draw answers, judge them, learn from them."""

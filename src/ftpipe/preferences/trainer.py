@@ -63,6 +63,15 @@ class PreferenceTrainer(Ordered):
         self._sums: dict[str, Tensor] = {}  # name -> sum and rows since the last line, of this rank
         self.kl = torch.zeros(())  # KTO's reference point of the step
 
+    def unlogged(self) -> dict[str, Any]:
+        sums = {name: sum_.tolist() for name, sum_ in self._sums.items()}
+        return super().unlogged() | {"sums": sums}
+
+    def recall(self, unlogged: dict[str, Any]) -> None:
+        super().recall(unlogged)
+        device = self.args.device
+        self._sums = {name: torch.tensor(sum_, device=device) for name, sum_ in unlogged["sums"].items()}
+
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> int:
         """Return how many pairs (or replies) of a step are real, over all ranks; count its tokens."""
         counts = torch.zeros(2, dtype=torch.int64, device=device)

@@ -27,6 +27,13 @@ class RewardTrainer(Ordered):
         self._center = center
         self._sums = torch.zeros(1 + len(LOGGED), dtype=torch.float64, device=self.args.device)
 
+    def unlogged(self) -> dict[str, Any]:
+        return super().unlogged() | {"sums": self._sums.tolist()}
+
+    def recall(self, unlogged: dict[str, Any]) -> None:
+        super().recall(unlogged)
+        self._sums = torch.tensor(unlogged["sums"], dtype=torch.float64, device=self.args.device)
+
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> int:
         """Return how many prompts of the step have a pair, over all ranks; count its tokens."""
         counts = [sum(batch[key] for batch in batch_samples) for key in ("compared", "tokens")]
