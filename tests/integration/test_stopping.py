@@ -91,6 +91,8 @@ def test_a_stage_that_stops_makes_what_it_would_have_made(
         assert cli.main(words(stage)) == 75
         said = capsys.readouterr()
         assert f"after {unit} {at} of 8;" in said.err
+        marks = list(parts.glob("outputs/artifacts/*.partial/checkpoints/*/asked"))
+        assert [mark.parent.name for mark in marks] == [f"checkpoint-{at}"] * (stage != "ppo")
         assert (f"continuing from checkpoint-{before}" in said.out) is (before > 0)
     monkeypatch.setattr(stopping, "asked", lambda: False)
     assert cli.main(words(stage)) == 0

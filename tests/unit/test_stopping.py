@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ftpipe import cli, launch, stopping, worker
+from ftpipe import checkpoints, cli, launch, stopping, worker
 from ftpipe.config import RunConfig
 from ftpipe.evolve.calls import Call, Journal, Said
 from ftpipe.launch import StageFailed, last_words, run_stage
@@ -185,6 +185,17 @@ def test_the_last_words_of_other_ranks_are_shown(
     made, _ = build(cfg)
     assert not list(made.path.glob(".rank*"))
     assert last_words(made.path) == []
+
+
+def test_a_checkpoint_that_was_not_due_does_not_stay(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    for name in ("checkpoint-4/x.safetensors", "checkpoint-5/x.safetensors", "checkpoint-5/asked"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    (folder / "checkpoint-4/unlogged-0.json").touch()
+    checkpoints.tidy(tmp_path)
+    left = [path.relative_to(folder) for path in tmp_path.rglob("*") if path.is_file()]
+    assert left == [Path("checkpoint-4/x.safetensors")]
 
 
 class Model:
