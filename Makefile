@@ -58,7 +58,7 @@ doctor: ## say what this machine can run and what is missing
 recipes doctor: $(READY)
 	@$(BIN)/ftpipe $@
 
-.PHONY: test test-slow bench-sft bench-prepare bench-preferences bench-ppo bench-ppo-learning bench-ppo-memory bench-scaling
+.PHONY: test test-slow bench-sft bench-prepare bench-preferences bench-ppo bench-ppo-learning bench-ppo-memory
 test: ## run the fast tests; args="-k name" for some of them
 test: $(READY)
 	$(BIN)/pytest -n auto --maxprocesses 4 -m 'not slow' $(ARGS)
@@ -83,9 +83,6 @@ bench-ppo-learning: $(READY)
 bench-ppo-memory: ## measure PPO's memory with four roles on one 4-bit base of 7B; needs a GPU
 bench-ppo-memory: $(READY)
 	$(BIN)/python benchmarks/ppo_memory.py $(ARGS)
-bench-scaling: ## measure each way of sharing out a training, on one and two processes
-bench-scaling: $(READY)
-	$(BIN)/python benchmarks/scaling.py $(ARGS)
 
 .PHONY: check lint types format
 check: ## lint and types

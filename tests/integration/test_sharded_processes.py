@@ -156,8 +156,7 @@ LOADERS: dict[Case, Any] = {
     Case("full", "reward"): AutoModelForSequenceClassification,
 }
 ALL = tuple(LOADERS)
-# Every strategy with a full stage and an adapter, every stage with every kind of sharding; all of them,
-# strategy by strategy, are measured by benchmarks/scaling.py.
+# Every strategy with all weights and with an adapter, every stage under zero3 and fsdp (ppo: below).
 TRIED = {
     Strategy.zero1: (Case("full", "sft"), Case("lora", "reward")),
     Strategy.zero2: (Case("full", "sft"), Case("lora", "sft"), Case("full", "dpo")),
