@@ -59,7 +59,7 @@ def resolve_device(cfg: RunConfig, elsewhere: bool = False) -> None:
             )
         found = launch.processes
     else:
-        nodes = max(launch.nodes, *map(launch.nodes_of, cfg.stages))
+        nodes = max([launch.nodes, *map(launch.nodes_of, cfg.stages)])
         if nodes > 1:
             raise ConfigError(
                 f"launch.nodes={nodes} needs a job of Slurm; submit it with `ftpipe submit`."

@@ -83,7 +83,7 @@ def test_small_weights_stay_whole_where_all_are_of_one_dtype(
 @pytest.mark.parametrize("strategy", Strategy)
 def test_one_process_shares_nothing(cfg: RunConfig, tmp_path: Path, strategy: Strategy) -> None:
     cfg.launch.strategy = strategy
-    assert told(cfg, tmp_path, processes=1)["distributed_type"] == "NO"
+    assert launch_settings.shared_out(cfg, 1, tmp_path) == {}
     assert not (tmp_path / "deepspeed.json").exists()
 
 
