@@ -66,7 +66,7 @@ def _check_layout(
     if wrote is strategy and (wrote in any_ranks or writers == ranks):
         return
     by = "1 rank" if writers == 1 else f"{writers} ranks"
-    so = f"launch.strategy={wrote}" + ("" if wrote in any_ranks else f" launch.processes={writers}")
+    so = f"launch.strategy={wrote}" + ("" if wrote in any_ranks else f", with {writers} ranks in all")
     if writers == 1:
         so = "launch.processes=1, or launch.strategy=ddp with more"
     raise ConfigError(
@@ -106,6 +106,13 @@ def read_unlogged(checkpoint: Path, rank: int) -> dict[str, Any] | None:
         return None
     summed: dict[str, Any] = json.loads(file.read_text())
     return summed
+
+
+def drop_torn(folder: Path) -> None:
+    """Remove checkpoints that a kill left in pieces: they would count among those that are kept."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        if not _is_whole(checkpoint):
+            shutil.rmtree(checkpoint)
 
 
 def write_unlogged(checkpoint: Path, rank: int, summed: dict[str, Any], due: bool) -> None:

@@ -223,7 +223,9 @@ def _submit(words: list[str]) -> int:
 
     rest = [word for word in words if word != "--dry-run"]
     cfgs = configurations(rest, elsewhere=True)
-    points = [submit.Point(cfg, pipeline.plan(cfg), pipeline.run_folder(cfg)) for cfg in cfgs]
+    points = [
+        submit.Point(cfg, pipeline.plan(cfg, elsewhere=True), pipeline.run_folder(cfg)) for cfg in cfgs
+    ]
     command = ["ftpipe", "submit", *rest]
     print("\n".join(submit.submit(points, command, dry=len(rest) < len(words))))
     return 0

@@ -31,23 +31,28 @@ class Refusal:
         when: says of a configuration and a stage's name whether they are there together.
         why: what is in the way, and what to set instead.
         stages: those it concerns.
+        here: it depends on the machine that runs them.
     """
 
     keys: tuple[str, ...]
     when: Callable[[RunConfig, str], bool]
     why: str
     stages: tuple[str, ...] = TRAIN
+    here: bool = False
 
 
-def check(cfg: RunConfig, names: Sequence[str]) -> None:
+def check(cfg: RunConfig, names: Sequence[str], elsewhere: bool = False) -> None:
     """Refuse what does not go together in the stages of a plan.
+
+    Args:
+        elsewhere: they run on other machines, so what this one has is of no account.
 
     Raises:
         ConfigError: with the keys, why, and what to set.
     """
     for name in names:
         for row in REFUSED:
-            if name in row.stages and row.when(cfg, name):
+            if name in row.stages and not (row.here and elsewhere) and row.when(cfg, name):
                 keys = [key.replace("STAGE", name) for key in row.keys]
                 said = ", ".join(f"{key}={_value(cfg, key)}" for key in keys)
                 raise ConfigError(f"{said} in the stage '{name}': {row.why.replace('STAGE', name)}.")
@@ -94,7 +99,7 @@ def _aio() -> bool:
 REFUSED = (
     Refusal(
         ("launch.strategy", "launch.processes"),
-        lambda cfg, _: _shares_out(cfg) and cfg.launch.nodes * cfg.launch.processes == 1,
+        lambda cfg, name: _shares_out(cfg) and cfg.launch.nodes_of(name) * cfg.launch.processes == 1,
         "one process has nobody to share with; set launch.processes to the number of GPUs, or "
         "launch.strategy=ddp",
     ),
@@ -192,12 +197,14 @@ REFUSED = (
         ("launch.sharding.nvme",),
         lambda cfg, _: _on_disk(cfg) and not Path(str(cfg.launch.sharding.nvme)).is_dir(),
         "there is no such folder; name one on a local NVMe disk",
+        here=True,
     ),
     Refusal(
         ("launch.sharding.nvme",),
         lambda cfg, _: _on_disk(cfg) and not _aio(),
         "DeepSpeed compiles what reads and writes a disk beside the training, and libaio, g++ or ninja "
         "is missing here; install them (libaio-dev, g++, ninja-build), or offload to cpu",
+        here=True,
     ),
     Refusal(
         ("launch.offload_activations",),

@@ -69,11 +69,11 @@ def sent(
     """Return the bytes that one rank sends in an optimiser step, by rings (the paper's section 7).
 
     A ring moves (ranks - 1) / ranks of what is gathered or scattered, and twice that of what is added up
-    on every rank. Gradients go in float32, and so do the weights that ZeRO-1 and 2 have updated.
+    on every rank. Gradients go in float32, and so do weights under ZeRO that are trained.
 
     Args:
         accumulated: micro-batches of a step on each rank.
-        gathered: bytes of a weight on its way to a pass: 2 under bf16 (ZeRO-3: linear layers'), else 4.
+        gathered: fsdp: bytes of a weight on its way to a pass: 2 under bf16, else 4.
         reshard: fsdp: weights are gathered again for the backward pass.
     """
     gradients, updated = GRADIENT * trained, WEIGHT * trained
@@ -85,7 +85,7 @@ def sent(
         case Strategy.zero2:  # what is added up lies on one rank, so each micro-batch is sent
             moved = accumulated * gradients + updated
         case Strategy.zero3:
-            moved = accumulated * (2 * gathered * (trained + frozen) + gradients)
+            moved = accumulated * (2 * (WEIGHT * trained + HALF * frozen) + gradients)
         case Strategy.fsdp:
             passes = 2 if reshard else 1
             moved = accumulated * (passes * gathered * (trained + frozen) + gradients)

@@ -69,7 +69,13 @@ def deepspeed(cfg: RunConfig) -> dict[str, Any]:
     }
     if launch.precision is not Precision.fp32:
         dtype = {Precision.bf16: "bfloat16"}[launch.precision]
-        settings["torch_autocast"] = {"enabled": True, "dtype": dtype}
+        # by default DeepSpeed rounds what linear layers send, weights and gradients, to this dtype too
+        safe: list[str] = []
+        settings["torch_autocast"] = {
+            "enabled": True,
+            "dtype": dtype,
+            "lower_precision_safe_modules": safe,
+        }
     if Offload.nvme in (launch.sharding.offload_optimizer, launch.sharding.offload_parameters):
         settings["aio"] = {"block_size": 2**20, "queue_depth": 8, "overlap_events": True}
     return settings

@@ -284,11 +284,12 @@ def check_uses(cfg: RunConfig, names: Sequence[str]) -> None:
         raise ConfigError(f"'{stage}' learns from {use}, but no source serves them; {remedy}.")
 
 
-def plan(cfg: RunConfig, upto: str | None = None) -> list[Step]:
+def plan(cfg: RunConfig, upto: str | None = None, elsewhere: bool = False) -> list[Step]:
     """Return the steps of a run in order, each with its fingerprint. Loads nothing.
 
     Args:
         upto: the last stage wanted; None for all of them.
+        elsewhere: they run as jobs, not on this machine.
 
     Raises:
         ConfigError: if the stages do not fit together, or ``upto`` is not among them.
@@ -303,7 +304,7 @@ def plan(cfg: RunConfig, upto: str | None = None) -> list[Step]:
                 f"the recipe '{cfg.name}' has no stage '{upto}'; its stages are {', '.join(names)}."
             )
         names = names[: names.index(upto) + 1]
-    combinations.check(cfg, names)
+    combinations.check(cfg, names, elsewhere)
     root = Path(cfg.output)
     digests = Digests(_memory(cfg))
     latest: dict[str, Step] = {}

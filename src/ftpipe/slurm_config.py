@@ -80,6 +80,14 @@ class SlurmConfig:
             require(fits, f"{key}.extra", repr(line), "an option of sbatch, such as --mail-type=FAIL")
         for name, job in self.stages.items():
             job.check(f"{key}.stages.{name}")
+        limits = [self.time, *(job.time for job in self.stages.values())]
+        shortest = min((seconds(limit) for limit in limits if limit is not None), default=None)
+        require(
+            shortest is None or self.warning_seconds < shortest,
+            f"{key}.warning_seconds",
+            self.warning_seconds,
+            f"less than the shortest limit of a job, {shortest} s",
+        )
 
     def check_names(self, known: Collection[str]) -> None:
         """Refuse a job for a stage that does not exist.
@@ -90,6 +98,14 @@ class SlurmConfig:
         for name in self.stages:
             if name not in known:
                 raise ConfigError("launch.slurm.stages: " + unknown("stage", name, known))
+
+
+def seconds(limit: str) -> int:
+    """Return a limit such as D-HH, D-HH:MM:SS, HH:MM:SS or MM:SS in seconds (sbatch, ``--time``)."""
+    days, _, rest = limit.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    units = (3600, 60, 1) if days or len(parts) == 3 else (60, 1)
+    return 86_400 * int(days or 0) + sum(n * unit for n, unit in zip(parts, units, strict=False))
 
 
 def check_words(part: object, key: str, names: Collection[str]) -> None:

@@ -49,8 +49,12 @@ def passed_on(file: Path, stage: str, stops: bool) -> Iterator[None]:
     def tell(text: str) -> None:
         os.write(1, f"{stage}: {text}\n".encode())  # print is not to be entered twice
 
+    terms = 0
+
     def answer(number: int, _: FrameType | None) -> None:
-        if number == signal.SIGTERM and (not stops or file.exists()):
+        nonlocal terms
+        terms += number == signal.SIGTERM
+        if number == signal.SIGTERM and (not stops or terms > 1):
             raise KeyboardInterrupt
         if stops:
             file.touch()

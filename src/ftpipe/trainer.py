@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
 from ftpipe import checkpoints, modeling, sharding
@@ -113,12 +114,17 @@ class Ordered(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint, each rank its part, and seal it when all have."""
-        super()._save_checkpoint(model, trial)
+        keep, self.args.save_total_limit = self.args.save_total_limit, None
+        try:  # a Trainer would remove an older one before the others have written their parts
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = keep
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         checkpoints.write_unlogged(folder, self.args.process_index, self.unlogged(), self.due)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             checkpoints.seal(folder, self.tokens_seen, self.strategy, self._ranks)
+            rotate_checkpoints(str(folder.parent), keep)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.strategy is not Strategy.fsdp:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ftpipe import launch_settings
+from ftpipe import checkpoints, launch_settings
 from ftpipe.checkpoints import CHECKPOINTS, tokens_seen
 from ftpipe.choices import Device, Optimizer, Precision, Strategy
 from ftpipe.errors import ConfigError
@@ -124,6 +124,9 @@ def train(trainer: Ordered, checkpoint: Path | None, first: Callable[[], object]
     Raises:
         Stopped: if it was asked to stop, and has saved a checkpoint.
     """
+    trainer.accelerator.wait_for_everyone()  # until all have looked for the last one
+    if trainer.is_world_process_zero():
+        checkpoints.drop_torn(Path(str(trainer.args.output_dir)))
     trainer.add_callback(Beginning(first))
     if checkpoint is not None:
         say(f"continuing from {checkpoint.name}")

@@ -79,7 +79,7 @@ def test_who_can_go_on_from_what(
 
 def test_the_way_back_is_said(tmp_path: Path) -> None:
     write(tmp_path, 4, ZERO, 2)
-    with pytest.raises(ConfigError, match=r"set launch\.strategy=zero2 launch\.processes=2, or delete"):
+    with pytest.raises(ConfigError, match=r"set launch\.strategy=zero2, with 2 ranks in all, or delete"):
         checkpoints.last_checkpoint(tmp_path, ZERO, 4)
 
 

@@ -20,6 +20,7 @@ from ftpipe.choices import (
 )
 from ftpipe.config import RunConfig
 from ftpipe.errors import ConfigError
+from ftpipe.slurm_config import StageJobConfig
 
 
 @pytest.fixture
@@ -172,6 +173,26 @@ def test_a_disk_is_for_zero3_alone_and_must_be_there(
     )
     with pytest.raises(ConfigError, match=r"host memory alone"):
         combinations.check(shared, ["sft"])
+
+
+def test_what_this_machine_lacks_is_of_no_account_elsewhere(shared: RunConfig) -> None:
+    put(
+        shared,
+        launch__sharding__offload_optimizer=Offload.nvme,
+        launch__sharding__nvme="/nowhere",
+        launch__strategy=Strategy.zero3,
+    )
+    combinations.check(shared, ["sft"], elsewhere=True)
+    with pytest.raises(ConfigError):
+        combinations.check(shared, ["sft"])
+
+
+def test_ranks_are_those_of_the_stages_own_nodes(shared: RunConfig) -> None:
+    put(shared, launch__strategy=Strategy.zero2, launch__processes=1, launch__nodes=1)
+    shared.launch.slurm.stages = {"sft": StageJobConfig(nodes=2)}
+    combinations.check(shared, ["sft"])
+    with pytest.raises(ConfigError, match="in the stage 'dpo': one process has nobody"):
+        combinations.check(shared, ["dpo"])
 
 
 def test_it_is_decided_in_the_plan_and_only_for_its_stages(shared: RunConfig) -> None:

@@ -68,7 +68,11 @@ def test_what_is_offloaded_to_a_disk_has_its_folder(cfg: RunConfig) -> None:
 
 def test_products_are_rounded_by_autocast(cfg: RunConfig) -> None:
     cfg.launch.strategy, cfg.launch.precision = Strategy.zero2, Precision.bf16
-    assert launch_settings.deepspeed(cfg)["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+    assert launch_settings.deepspeed(cfg)["torch_autocast"] == {
+        "enabled": True,
+        "dtype": "bfloat16",
+        "lower_precision_safe_modules": [],
+    }
 
 
 @pytest.mark.parametrize(("method", "whole"), [(Method.full, True), (Method.lora, False)])

@@ -6,6 +6,7 @@ Slurm starts, watches and ends them, so no launcher with signals of its own stan
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -69,15 +70,17 @@ def meeting_point() -> dict[str, str]:
 def place(environ: Mapping[str, str]) -> dict[str, str]:
     """Return what torch wants to know of a rank, by what Slurm says; of a single one nothing.
 
-    A single rank sees one GPU: with several in sight a Trainer would spread its batch over them.
+    A single rank sees one GPU: with several in sight a Trainer would spread its batch over them. Of
+    several, each takes the one of its place on the node, or the only one that its task is shown.
     """
     ranks = int(environ["SLURM_NTASKS"])
+    alone = re.fullmatch(r"[^,]*\w", environ.get("CUDA_VISIBLE_DEVICES", "").replace("NoDevFiles", ""))
     if ranks == 1:
         gpus = environ.get("CUDA_VISIBLE_DEVICES", "")
         return {"CUDA_VISIBLE_DEVICES": gpus.split(",")[0]} if "," in gpus else {}
     return {
         "RANK": environ["SLURM_PROCID"],
-        "LOCAL_RANK": environ["SLURM_LOCALID"],
+        "LOCAL_RANK": "0" if alone else environ["SLURM_LOCALID"],
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks // int(environ["SLURM_NNODES"])),
     }

@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ftpipe import sharding
 from ftpipe.artifacts import write_atomic
+from ftpipe.errors import ConfigError
 
 WEIGHTS, OPTIMIZER, STATE = "trained.safetensors", "optimizer.safetensors", "state.json"
 CHECKPOINT = "checkpoint"  # and the number of finished rollouts
@@ -90,13 +91,22 @@ def restore(
     optimizer: torch.optim.Optimizer,
     schedule: LRScheduler,
 ) -> Progress:
-    """Put weights, optimiser and schedule in place; return how far the run was."""
+    """Put weights, optimiser and schedule in place; return how far the run was.
+
+    Raises:
+        ConfigError: if a value function lay in shards then and does not now, or the other way round.
+    """
+    told = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    if len(told["optimizer"]["param_groups"]) != len(optimizer.param_groups):
+        raise ConfigError(
+            f"{checkpoint} was written under another launch.strategy; set the one that the run began "
+            f"with, or delete {checkpoint.parent} to begin anew."
+        )
     held = load_file(str(checkpoint / WEIGHTS))
     assert held.keys() == weights.keys(), "the fingerprint lets no other model come here"
     with torch.no_grad():
         for name, weight in weights.items():
             sharding.put(held[name], weight)
-    told = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     tensors = load_file(str(checkpoint / OPTIMIZER))
     optimizer.load_state_dict(_together(tensors, told["optimizer"]))
     trained = [weight for group in optimizer.param_groups for weight in group["params"]]

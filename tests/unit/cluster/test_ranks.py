@@ -122,6 +122,14 @@ def test_a_rank_knows_its_place_by_its_task() -> None:
 
 
 @pytest.mark.parametrize(
+    ("visible", "local"),
+    [("", "3"), ("0,1,2,3", "3"), ("5", "0"), ("GPU-8f2a", "0"), ("NoDevFiles", "3")],
+)
+def test_a_task_that_is_shown_one_gpu_takes_that_one(visible: str, local: str) -> None:
+    assert ranks.place({**TASK, "CUDA_VISIBLE_DEVICES": visible})["LOCAL_RANK"] == local
+
+
+@pytest.mark.parametrize(
     ("visible", "seen"),
     [(None, {}), ("", {}), ("5", {}), ("5,6", {"CUDA_VISIBLE_DEVICES": "5"})],
 )

@@ -186,8 +186,21 @@ def test_a_time_is_written_so_that_yaml_makes_no_number_of_it(
 
 @pytest.mark.parametrize("time", ["00:01:00", "30:00", "1-0", "2-12:30", "7-00:00:00"])
 def test_the_times_of_slurm_are_taken(cfg: RunConfig, time: str) -> None:
-    cfg.launch.slurm.time = time
+    cfg.launch.slurm.time, cfg.launch.slurm.warning_seconds = time, 59
     cfg.check()
+
+
+@pytest.mark.parametrize(
+    ("time", "limit"),
+    [("00:02:00", 120), ("1:30", 90), ("0-1", 3600), ("1-00:00:10", 86_410), ("0-0:30", 1800)],
+)
+def test_the_warning_comes_after_the_job_begins(cfg: RunConfig, time: str, limit: int) -> None:
+    cfg.launch.slurm.stages = {"sft": StageJobConfig(time=time)}
+    cfg.launch.slurm.warning_seconds = limit - 1
+    cfg.check()
+    cfg.launch.slurm.warning_seconds = limit
+    with pytest.raises(ConfigError, match=rf"^launch\.slurm\.warning_seconds={limit}.* {limit} s"):
+        cfg.check()
 
 
 @pytest.mark.parametrize("memory", ["", "64 G", "64GB", "G", "-1", "1.5G", "6\n4"])
@@ -353,6 +366,36 @@ def test_a_job_that_is_told_to_stop_is_queued_again_if_its_stage_can_go_on(
     calls = (tmp_path / "calls").read_text(encoding="utf-8").splitlines()
     assert ("requeue 7" in calls) is requeued
     assert not list((RUN / "logs").glob("*.stop"))
+
+
+def test_a_task_of_an_array_speaks_for_itself_and_output_may_be_anywhere(
+    cfg: RunConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "venv/bin").mkdir(parents=True)
+    for name, text in (
+        ("venv/bin/python", DRIVER.format(code=75)),
+        ("scontrol", SCONTROL.format(calls=tmp_path / "calls", state="RUNNING")),
+    ):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    cfg.launch.slurm.venv = str(tmp_path / "venv")
+    run = tmp_path / "scratch/runs/tiny"
+    (run / "logs").mkdir(parents=True)
+    file = tmp_path / "job.sh"
+    file.write_text(script.of_stage(cfg, SFT, [Path("other"), run]), encoding="utf-8")
+    # the task whose own number is that of the array
+    array = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_NODELIST": "n1", **array}
+    with subprocess.Popen(["bash", str(file)], env=env) as job:
+        log = run / "logs/sft-7_1.0.log"
+        while not (log.is_file() and log.stat().st_size):
+            assert job.poll() is None
+        for _ in range(3):
+            time.sleep(0.12)
+            subprocess.run(["kill", "-TERM", str(job.pid)], check=True)
+    assert job.returncode == 0
+    calls = (tmp_path / "calls").read_text(encoding="utf-8").splitlines()
+    assert calls == ["--oneliner show job 7_1", "requeue 7_1"]
 
 
 def test_bash_reads_every_script_before_slurm_does(cfg: RunConfig) -> None:

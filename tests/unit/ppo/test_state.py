@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments, get_scheduler
 
 from ftpipe.choices import Optimizer, Scheduler
+from ftpipe.errors import ConfigError
 from ftpipe.ppo import state
 from ftpipe.ppo.state import Progress
 from ftpipe.training import OPTIMIZERS
@@ -129,6 +130,16 @@ def test_a_checkpoint_before_the_first_step_is_one_too(tmp_path: Path) -> None:
     again.restore(tmp_path / "checkpoint-0")
     same(again, fresh)
     same(again.steps(*range(STEPS)), Training(tmp_path).steps(*range(STEPS)))
+
+
+def test_a_checkpoint_with_other_groups_of_weights_is_refused(tmp_path: Path) -> None:
+    Training(tmp_path).steps(1).save(tmp_path / "checkpoint-1")
+    other = Training(tmp_path)
+    other.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))]})
+    before = {name: weight.clone() for name, weight in other.weights.items()}
+    with pytest.raises(ConfigError, match=r"written under another launch\.strategy; set the one"):
+        other.restore(tmp_path / "checkpoint-1")
+    assert all(torch.equal(weight, before[name]) for name, weight in other.weights.items())
 
 
 def test_how_far_a_run_is_comes_back_whole(tmp_path: Path) -> None:
