@@ -64,7 +64,7 @@ test: $(READY)
 	$(BIN)/pytest -n auto --maxprocesses 4 -m 'not slow' $(ARGS)
 test-slow: ## run the tests that train models or start several processes
 test-slow: $(READY)
-	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadgroup -m slow $(ARGS)
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m slow $(ARGS)
 bench-sft: ## measure fine-tuning side by side with other ways of doing it
 bench-sft: $(READY)
 	$(BIN)/python benchmarks/sft.py $(ARGS)

@@ -14,11 +14,7 @@ from safetensors.torch import load_file
 
 from tests.integration.test_processes import _wait_for, _wait_until_gone, command, ftpipe, prepared
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.xdist_group("dpo"),
-    pytest.mark.usefixtures("empty_folder"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("empty_folder")]
 
 # 20 pairs, 6 a step: the last step of each epoch is filled up; the run ends in its third epoch
 WORDS = (

@@ -15,7 +15,7 @@ import pytest
 from ftpipe import cli
 from tests.integration.browser import Page, installed
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("inspect")]
+pytestmark = pytest.mark.slow
 
 END = "<|im_end|>"  # of ChatML's turns; then the end of the text
 EOS = "<|endoftext|>"

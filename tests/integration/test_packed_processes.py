@@ -24,11 +24,7 @@ from tests.integration.test_processes import (
     weights,
 )
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.xdist_group("packed"),
-    pytest.mark.usefixtures("empty_folder"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("empty_folder")]
 
 STEPS = 12
 WORDS = (

@@ -15,11 +15,7 @@ from safetensors.torch import load_file
 
 from tests.integration.test_processes import _wait_for, _wait_until_gone, command, ftpipe, prepared
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.xdist_group("ppo"),
-    pytest.mark.usefixtures("empty_folder"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("empty_folder")]
 
 # 7 answers a rollout: ranks and minibatches have unlike shares of them
 WORDS = (

@@ -17,11 +17,7 @@ from safetensors.torch import load_file
 
 from ftpipe import artifacts
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.xdist_group("processes"),
-    pytest.mark.usefixtures("empty_folder"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("empty_folder")]
 
 TINY = ("recipe=tiny", "sft.samples=0", "sft.max_steps=12", "launch.threads=1")
 

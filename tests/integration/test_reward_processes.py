@@ -14,11 +14,7 @@ from ftpipe import artifacts
 from tests.integration.test_processes import _wait_for, _wait_until_gone, command, ftpipe, prepared
 from tests.integration.test_reward import SHORT
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.xdist_group("reward"),
-    pytest.mark.usefixtures("empty_folder"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("empty_folder")]
 
 WORDS = (
     *("reward", *SHORT, "adapter.dropout=0", "reward.ensemble=2", "reward.max_steps=null"),

@@ -25,7 +25,7 @@ from tests import cluster as virtual
 from tests.cluster import Cluster
 
 # one process runs them all: they share a cluster, and what was made on it
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
+pytestmark = pytest.mark.slow
 
 WORDS = (
     *("recipe=tiny", "launch=slurm-cpu", "launch.threads=1", "launch.micro_batch_size=2"),
