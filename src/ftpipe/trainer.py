@@ -63,6 +63,11 @@ class Ordered(Trainer):
         return self._order
 
     def _run_epoch(self, **options: Any) -> None:  # type: ignore[override]
+        if self.state.global_step >= self.state.max_steps:
+            # killed when all was trained: a Trainer would look only after one step more
+            self._load_rng_state(options["resume_from_checkpoint"])
+            self.control.should_training_stop = True
+            return
         self._order.set_epoch(options["epoch"])
         super()._run_epoch(**options)  # type: ignore[no-untyped-call]
 

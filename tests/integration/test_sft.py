@@ -20,6 +20,7 @@ from ftpipe.artifacts import Artifact
 from ftpipe.choices import Part, Use
 from ftpipe.data import table
 from ftpipe.stages import sft
+from ftpipe.trainer import DemonstrationTrainer
 
 pytestmark = pytest.mark.usefixtures("in_process", "empty_folder")
 
@@ -456,3 +457,33 @@ def test_the_manifest_tells_what_was_done() -> None:
     lines = [json.loads(line) for line in (policy.path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "sft/loss" in line][:1] == [1]
     assert (policy.path / "samples.md").read_text().count("## Prompt") == 1
+
+
+class Killed(BaseException):
+    """Ends a run as a kill would: nothing handles it."""
+
+
+def test_killed_when_all_is_trained_it_trains_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (*SHORT, "sft.save_every=2", "sft.log_every=1")
+    whole = run(*words)["policy"].path.rename(tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(DemonstrationTrainer, "save_model", end)
+        run(*words)
+    again = run(*words)["policy"].path
+    names = ("adapter_model.safetensors", "samples.md")
+    assert all((whole / name).read_bytes() == (again / name).read_bytes() for name in names)
+    lines = [
+        [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        for path in (whole, again)
+    ]
+    losses = [[line["sft/loss"] for line in some if "sft/loss" in line] for some in lines]
+    assert len(losses[0]) == 4 and losses[0] == losses[1]
+
+
+def end(self: DemonstrationTrainer, output_dir: str, _internal_call: bool = False) -> None:
+    """Let checkpoints be written, and nothing after them."""
+    if not _internal_call:
+        raise Killed
+    super(DemonstrationTrainer, self).save_model(output_dir, _internal_call)
