@@ -129,7 +129,8 @@ def run(
         jobs[case].write_text(json.dumps(job))
     command = launch.launch_command(cfg, ranks, run_folder / "accelerate.yaml", jobs[case])
     attempts = [f"{job}:{end}".rstrip(":") for job in jobs.values() for end in ends]
-    command = [*command[: command.index("--module")], str(RANKS), *attempts]
+    started = command.index("-m" if ranks == 1 else "--module")  # by python itself, or by a launcher
+    command = [*command[:started], str(RANKS), *attempts]
     environment = launch.environment(cfg, ranks)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]

@@ -279,9 +279,10 @@ def test_a_sweep_is_an_array_that_shares_what_its_points_have_in_common(
         assert sorted(jobs[stage].id.split("_")[1] for jobs in records) == ["0", "1"]
     again = ftpipe(slurm, folder, "submit", *WORDS, *words)  # while they are at work
     assert again.stdout.count("submitted before") == 4
+    waits = [slurm.show(jobs["merge"].id)["Dependency"] for jobs in records]
     for at, jobs in enumerate(records):
         # task by task: the other one may still train
-        assert f"aftercorr:{jobs['sft'].id.split('_')[0]}_" in slurm.show(jobs["merge"].id)["Dependency"]
+        assert f"aftercorr:{jobs['sft'].id.split('_')[0]}_" in waits[at]
         assert slurm.ends(jobs["sft"].id) == "COMPLETED", at
     assert len(list(folder.glob("outputs/artifacts/sft-*/manifest.json"))) == 2
     merges = [jobs["merge"].id for jobs in records]
