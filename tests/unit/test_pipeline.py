@@ -218,7 +218,7 @@ def test_a_value_changes_the_stages_that_it_decides(
     cfg: RunConfig, rows: Path, key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # a value by itself, also where it needs another one beside it
-    monkeypatch.setattr("ftpipe.combinations.check", lambda cfg, names: None)
+    monkeypatch.setattr("ftpipe.combinations.check", lambda cfg, names, elsewhere: None)
     expected = KEYS.get(key, GROUPS[key.split(".")[0]])
     questions = EvalSetConfig(format=EvalFormat.text, path=str(rows))
     cfg.data.decontaminate = {"mine": questions}
