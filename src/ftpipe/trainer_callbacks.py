@@ -41,14 +41,15 @@ class Report(TrainerCallback):
         self._tracker = tracker
         self._held_out = held_out
         self._every = every
-        self._started = time.monotonic()
+        self._started: float | None = None
         self._first_step = 0
 
-    def on_train_begin(
+    def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        self._started = time.monotonic()
-        self._first_step = state.global_step
+        if self._started is None:  # what is measured before the first step is none of its time
+            self._started = time.monotonic()
+            self._first_step = state.global_step
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -76,6 +77,7 @@ class Report(TrainerCallback):
         if self._tracker is not None:
             self._tracker.log(state.global_step, metrics)
         if not on_terminal():  # a terminal has the bar
+            assert self._started is not None
             done = state.global_step - self._first_step
             rate = done / (time.monotonic() - self._started)
             left = (state.max_steps - state.global_step) / rate if rate else 0.0
@@ -87,15 +89,22 @@ class Report(TrainerCallback):
 
 
 class Beginning(TrainerCallback):
-    """Calls something when a Trainer has its model ready, before the first step."""
+    """Calls something when a Trainer has its model ready, before the first step.
+
+    Attributes:
+        seconds: that it took, which are none of training.
+    """
 
     def __init__(self, first: Callable[[], object]) -> None:
         self._first = first
+        self.seconds = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
+        started = time.monotonic()
         self._first()
+        self.seconds = time.monotonic() - started
 
 
 class Continuity(TrainerCallback):

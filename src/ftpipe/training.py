@@ -127,7 +127,8 @@ def train(trainer: Ordered, checkpoint: Path | None, first: Callable[[], object]
     trainer.accelerator.wait_for_everyone()  # until all have looked for the last one
     if trainer.is_world_process_zero():
         checkpoints.drop_torn(Path(str(trainer.args.output_dir)))
-    trainer.add_callback(Beginning(first))
+    beginning = Beginning(first)
+    trainer.add_callback(beginning)
     if checkpoint is not None:
         say(f"continuing from {checkpoint.name}")
         trainer.tokens_seen = tokens_seen(checkpoint)
@@ -137,7 +138,7 @@ def train(trainer: Ordered, checkpoint: Path | None, first: Callable[[], object]
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if continuity.stopped:
         raise Stopped(f"after step {trainer.state.global_step} of {trainer.state.max_steps}")
-    seconds = result.metrics["train_runtime"]
+    seconds = result.metrics["train_runtime"] - beginning.seconds
     return summary(trainer.state, trainer.tokens_seen, before, seconds)
 
 
