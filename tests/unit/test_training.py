@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from ftpipe import trainer_callbacks, training
+from ftpipe import training
 
 
 class Clocked:
@@ -39,7 +39,7 @@ def test_what_is_measured_before_the_first_step_is_no_part_of_the_speed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [10.0]
-    monkeypatch.setattr(trainer_callbacks.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr("ftpipe.trainer_callbacks.time.monotonic", lambda: clock[0])
     trainer: Any = Clocked(tmp_path)
 
     def measured_for_one_second() -> None:
