@@ -140,13 +140,13 @@ def publish(partial: Path, manifest: Mapping[str, Any], drop: str = "") -> Artif
     whole = {**manifest, "files": files}
     for path in partial.rglob("*"):
         if path.is_file():
-            _sync(path)
+            sync(path)
     write_atomic(partial / MANIFEST, json.dumps(whole, indent=1, sort_keys=True) + "\n")
     if drop:
         (partial / drop).unlink(missing_ok=True)
     final = partial.with_name(partial.name.removesuffix(".partial"))
     partial.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
     return open_artifact(final)
 
 
@@ -178,7 +178,8 @@ def cannot_write(root: Path, error: OSError) -> UserError:
     )
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are on the disk: a power cut may follow."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,7 +1,8 @@
 """Checkpoints of a training that may be killed: which one is whole, and what is left at the end.
 
 Ranks that share out a training each write their part. When all have, the first rank seals the checkpoint
-with a list of its files: what is sealed, and still has them all, is whole.
+with the digest of each file. What has no seal was interrupted, and is passed over; what has one, and is
+not as it says, was damaged since, and is passed over with a warning.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ftpipe.artifacts import write_atomic
+from ftpipe.artifacts import digest, sync, write_atomic
 from ftpipe.choices import Strategy
 from ftpipe.errors import ConfigError
+from ftpipe.logs import say
 
 CHECKPOINTS = "checkpoints"
 SEAL = "whole.json"  # in each checkpoint, written last: its files, its writers, tokens seen
@@ -22,20 +24,48 @@ ASKED = "asked"  # in a checkpoint that was not due, made by a training that was
 BEFORE = "before.json"  # what was measured before the first step, for a run that is resumed
 
 
-def seal(checkpoint: Path, tokens: int, strategy: Strategy, ranks: int) -> None:
-    """Say that a checkpoint is whole. Call on the first rank when all have written.
+def seal(checkpoint: Path, **stated: Any) -> None:
+    """Say that a checkpoint is whole, once it is on the disk. The first rank calls when all have written.
 
     Args:
-        tokens: seen so far.
-        strategy, ranks: how the training is shared out.
+        stated: of it, as JSON takes it: for a Trainer's ``tokens``, ``strategy`` and ``ranks``.
     """
-    files = {
-        path.relative_to(checkpoint).as_posix(): path.stat().st_size
-        for path in sorted(checkpoint.rglob("*"))
-        if path.is_file() and path.name != SEAL
-    }
-    stated = {"tokens": tokens, "strategy": strategy, "ranks": ranks, "files": files}
-    write_atomic(checkpoint / SEAL, json.dumps(stated, indent=1) + "\n")
+    written = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != SEAL]
+    for path in written:
+        sync(path)
+    files = {path.relative_to(checkpoint).as_posix(): digest(path) for path in written}
+    write_atomic(checkpoint / SEAL, json.dumps({**stated, "files": files}, indent=1) + "\n")
+    sync(checkpoint)
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """Return the newest whole checkpoint, or None. Reads every byte of it.
+
+    A damaged one is passed over with a warning: what is lost is what came after the one before.
+    """
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
+        if not (checkpoint / SEAL).is_file():
+            continue
+        damage = damaged(checkpoint)
+        if damage is None:
+            return checkpoint
+        say(f"WARNING: {checkpoint} is damaged ({damage}); going on from the one before")
+    return None
+
+
+def damaged(checkpoint: Path) -> str | None:
+    """Return what is wrong with a sealed checkpoint, or None."""
+    try:
+        files: dict[str, str] = _stated(checkpoint)["files"]
+    except (ValueError, KeyError, TypeError):
+        return f"{SEAL} cannot be read"
+    for name, value in files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if digest(path) != value:
+            return f"{name} is not as it was written"
+    return None
 
 
 def last_checkpoint(folder: Path, strategy: Strategy, ranks: int) -> Path | None:
@@ -46,8 +76,7 @@ def last_checkpoint(folder: Path, strategy: Strategy, ranks: int) -> Path | None
     Raises:
         ConfigError: if this training is shared out in a way that cannot go on from it.
     """
-    whole = [path for path in folder.glob("checkpoint-*") if _is_whole(path)]
-    found = max(whole, key=step_of, default=None)
+    found = newest_whole(folder)
     if found is not None:
         stated = _stated(found)
         _check_layout(found, Strategy(stated["strategy"]), stated["ranks"], strategy, ranks)
@@ -88,17 +117,6 @@ def _stated(checkpoint: Path) -> dict[str, Any]:
     return stated
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    if not (checkpoint / SEAL).is_file():
-        return False
-    files: dict[str, int] = _stated(checkpoint)["files"]  # some may be gone: an old one half removed
-    return all(_size(checkpoint / name) == size for name, size in files.items())
-
-
-def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
-
-
 def read_unlogged(checkpoint: Path, rank: int) -> dict[str, Any] | None:
     """Return what a rank had summed since its last line of metrics, if it is there."""
     file = checkpoint / UNLOGGED.format(rank)
@@ -108,11 +126,29 @@ def read_unlogged(checkpoint: Path, rank: int) -> dict[str, Any] | None:
     return summed
 
 
-def drop_torn(folder: Path) -> None:
-    """Remove checkpoints that a kill left in pieces: they would count among those that are kept."""
+def drop_torn(folder: Path, last: Path | None) -> None:
+    """Remove checkpoints that a kill left in pieces or that are damaged: they count among those kept.
+
+    Args:
+        last: what the training goes on from; what is newer is not whole.
+    """
     for checkpoint in folder.glob("checkpoint-*"):
-        if not _is_whole(checkpoint):
-            shutil.rmtree(checkpoint)
+        newer = last is None or step_of(checkpoint) > step_of(last)
+        if newer or not (checkpoint / SEAL).is_file():
+            remove(checkpoint)
+
+
+def keep_newest(folder: Path, keep: int | None) -> None:
+    """Remove all checkpoints but the newest so many; None: none."""
+    if keep is not None:
+        for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of)[:-keep]:
+            remove(checkpoint)
+
+
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint. Its seal goes first: one that is half removed is no damaged one."""
+    (checkpoint / SEAL).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint)
 
 
 def write_unlogged(checkpoint: Path, rank: int, summed: dict[str, Any], due: bool) -> None:
@@ -130,7 +166,7 @@ def drop_asked(folder: Path, but: Path | None = None) -> None:
     """Remove the checkpoints that a run which nothing interrupts would not have, except one."""
     for mark in folder.glob(f"checkpoint-*/{ASKED}"):
         if mark.parent != but:
-            shutil.rmtree(mark.parent)
+            remove(mark.parent)
 
 
 def read_before(out: Path) -> dict[str, Any] | None:

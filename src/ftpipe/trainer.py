@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Trainer
-from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
 from ftpipe import checkpoints, modeling, sharding
@@ -128,8 +127,9 @@ class Ordered(Trainer):
         checkpoints.write_unlogged(folder, self.args.process_index, self.unlogged(), self.due)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
-            checkpoints.seal(folder, self.tokens_seen, self.strategy, self._ranks)
-            rotate_checkpoints(str(folder.parent), keep)
+            stated = {"tokens": self.tokens_seen, "strategy": self.strategy, "ranks": self._ranks}
+            checkpoints.seal(folder, **stated)
+            checkpoints.keep_newest(folder.parent, keep)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.strategy is not Strategy.fsdp:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 
 from ftpipe import checkpoints, launch_settings
 from ftpipe.checkpoints import CHECKPOINTS, tokens_seen
@@ -114,6 +115,26 @@ def grouping(training: TrainingConfig) -> int | None:
     return training.batch_size if training.group_by_length else None
 
 
+def last_checkpoint(out: Path, launch: LaunchConfig) -> Path | None:
+    """Return what a stage goes on from, or None. Call on every rank: the first one looks, for all.
+
+    Raises:
+        ConfigError: if this training is shared out in a way that cannot go on from it.
+    """
+    strategy, ranks = launch_settings.in_force(launch)
+    found: list[Path | ConfigError | None] = [None]
+    if os.environ.get("RANK", "0") == "0":
+        try:
+            found = [checkpoints.last_checkpoint(out / CHECKPOINTS, strategy, ranks)]
+        except ConfigError as error:
+            found = [error]
+    if ranks > 1:
+        broadcast_object_list(found)
+    if isinstance(found[0], ConfigError):
+        raise found[0]
+    return found[0]
+
+
 def train(trainer: Ordered, checkpoint: Path | None, first: Callable[[], object]) -> dict[str, float]:
     """Train to the end, from a checkpoint if there is one; return what ``summary`` says of it.
 
@@ -124,9 +145,8 @@ def train(trainer: Ordered, checkpoint: Path | None, first: Callable[[], object]
     Raises:
         Stopped: if it was asked to stop, and has saved a checkpoint.
     """
-    trainer.accelerator.wait_for_everyone()  # until all have looked for the last one
     if trainer.is_world_process_zero():
-        checkpoints.drop_torn(Path(str(trainer.args.output_dir)))
+        checkpoints.drop_torn(Path(str(trainer.args.output_dir)), checkpoint)
     beginning = Beginning(first)
     trainer.add_callback(beginning)
     if checkpoint is not None:

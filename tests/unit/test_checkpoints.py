@@ -20,7 +20,7 @@ def write(
     for name in names or ("model.safetensors", "optimizer.pt", "trainer_state.json"):
         (checkpoint / name).parent.mkdir(parents=True, exist_ok=True)
         (checkpoint / name).write_text("abc")
-    checkpoints.seal(checkpoint, 10 * step, strategy, ranks)
+    checkpoints.seal(checkpoint, tokens=10 * step, strategy=strategy, ranks=ranks)
     return checkpoint
 
 
@@ -32,17 +32,68 @@ def test_the_newest_whole_one_is_found_with_its_tokens(tmp_path: Path) -> None:
     assert checkpoints.last_checkpoint(tmp_path / "none", DDP, 1) is None
 
 
-@pytest.mark.parametrize("hurt", ["seal", "missing", "shorter"])
-def test_one_that_is_not_whole_is_passed_over(tmp_path: Path, hurt: str) -> None:
+def test_one_that_was_killed_while_it_was_written_is_passed_over_without_a_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     older, newer = write(tmp_path, 2), write(tmp_path, 4)
+    (newer / checkpoints.SEAL).unlink()
+    assert checkpoints.last_checkpoint(tmp_path, DDP, 1) == older
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("hurt", "says"),
+    [
+        ("missing", "optimizer.pt is missing"),
+        ("shorter", "model.safetensors is not as it was written"),
+        ("a flipped bit", "model.safetensors is not as it was written"),
+        ("seal", "whole.json cannot be read"),
+        ("seal of another kind", "whole.json cannot be read"),
+    ],
+)
+def test_a_damaged_one_is_passed_over_with_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], hurt: str, says: str
+) -> None:
+    oldest, older, newer = (write(tmp_path, step) for step in (2, 10, 11))
+    weights = newer / "model.safetensors"
     match hurt:
-        case "seal":  # killed before every rank had written
-            (newer / checkpoints.SEAL).unlink()
-        case "missing":  # killed while it was removed
+        case "missing":
             (newer / "optimizer.pt").unlink()
         case "shorter":
-            (newer / "model.safetensors").write_text("ab")
+            weights.write_bytes(weights.read_bytes()[:-1])
+        case "a flipped bit":
+            whole = weights.read_bytes()
+            weights.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+        case "seal":  # a power cut may leave a file of zeros
+            (newer / checkpoints.SEAL).write_bytes(bytes(100))
+        case "seal of another kind":
+            (newer / checkpoints.SEAL).write_text("[]")
     assert checkpoints.last_checkpoint(tmp_path, DDP, 1) == older
+    told = capsys.readouterr().out
+    assert "checkpoint-11 is damaged" in told and says in told
+    checkpoints.drop_torn(tmp_path, older)
+    assert sorted(tmp_path.iterdir()) == sorted([oldest, older])
+
+
+def test_what_is_half_removed_is_no_damaged_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, 2)
+    with monkeypatch.context() as killed:
+        killed.setattr("ftpipe.checkpoints.shutil.rmtree", lambda path: None)
+        write(tmp_path, 4)
+        checkpoints.keep_newest(tmp_path, 1)
+    (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
+    (tmp_path / "checkpoint-4" / "optimizer.pt").unlink()
+    assert checkpoints.last_checkpoint(tmp_path, DDP, 1) is None
+    told = capsys.readouterr().out
+    assert "checkpoint-4 is damaged" in told and "checkpoint-2" not in told
+
+
+def test_the_newest_are_kept_by_their_numbers(tmp_path: Path) -> None:
+    made = [write(tmp_path, step) for step in (10, 9, 100, 2)]  # neither by time nor by the alphabet
+    checkpoints.keep_newest(tmp_path, 2)
+    assert sorted(tmp_path.iterdir()) == sorted([made[0], made[2]])
 
 
 @pytest.mark.parametrize(

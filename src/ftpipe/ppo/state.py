@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from ftpipe import sharding
-from ftpipe.artifacts import write_atomic
+from ftpipe import checkpoints, sharding
+from ftpipe.artifacts import sync, write_atomic
 from ftpipe.errors import ConfigError
 
 WEIGHTS, OPTIMIZER, STATE = "trained.safetensors", "optimizer.safetensors", "state.json"
@@ -57,7 +57,7 @@ def save(
     schedule: LRScheduler,
     keep: int,
 ) -> None:
-    """Write a state, whole or not at all, and leave the newest so many checkpoints. Call on one rank.
+    """Write a state, sealed or not at all, and leave the newest so many checkpoints. Call on one rank.
 
     Args:
         folder: its own; one that is not named ``checkpoint-N`` is for a person, nothing resumes from it.
@@ -73,16 +73,16 @@ def save(
     save_file(_whole(tensors), str(partial / OPTIMIZER))
     told = {"optimizer": rest, "schedule": schedule.state_dict(), "progress": asdict(progress)}
     write_atomic(partial / STATE, json.dumps(told))
+    checkpoints.seal(partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
-    for old in sorted(folder.parent.glob(f"{CHECKPOINT}-*"), key=_number)[:-keep]:
-        shutil.rmtree(old)
+    sync(folder.parent)
+    checkpoints.keep_newest(folder.parent, keep)
 
 
 def last(folder: Path) -> Path | None:
-    """Return the newest checkpoint, or None."""
-    found = [path for path in folder.glob(f"{CHECKPOINT}-*") if (path / STATE).is_file()]
-    return max(found, key=_number, default=None)
+    """Return the newest whole checkpoint, or None; a damaged one is passed over with a warning."""
+    return checkpoints.newest_whole(folder)
 
 
 def restore(
@@ -155,7 +155,3 @@ def _together(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[st
         for group in rest["param_groups"]
     ]
     return {"state": state, "param_groups": groups}
-
-
-def _number(checkpoint: Path) -> int:
-    return int(checkpoint.name.rsplit("-", 1)[1])

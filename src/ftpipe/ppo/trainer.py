@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 
-from ftpipe import sharding, stopping
+from ftpipe import checkpoints, sharding, stopping
 from ftpipe.errors import HealthError
 from ftpipe.logs import say
 from ftpipe.ppo import functions, generation, health, state
@@ -102,7 +102,12 @@ class PpoTrainer:
 
     def resume(self) -> None:
         """Go on from the last checkpoint, if there is one, as if nothing had happened."""
-        checkpoint = state.last(self.checkpoints)
+        found = [state.last(self.checkpoints) if self.ranks.rank == 0 else None]
+        if self.ranks.world > 1:
+            broadcast_object_list(found)
+        (checkpoint,) = found
+        if self.ranks.rank == 0:
+            checkpoints.drop_torn(self.checkpoints, checkpoint)
         if checkpoint is None:
             return
         say(f"continuing from {checkpoint.name}")

@@ -24,7 +24,6 @@ from ftpipe.choices import Method, Part, PreferenceLoss, Strategy, Use
 from ftpipe.config import RunConfig
 from ftpipe.data import table
 from ftpipe.errors import ModelError
-from ftpipe.launch_settings import in_force
 from ftpipe.logs import say
 from ftpipe.preferences import batches, logps, reference
 from ftpipe.preferences import policy as preference_policy
@@ -86,7 +85,7 @@ def run(cfg: RunConfig, inputs: Mapping[str, Artifact], out: Path) -> dict[str, 
         say("no sample answers: no rows are held out (data.validation=0)")
     prompts = asked(validation.rows, use, cfg.dpo.samples)
     answers = Answers(model, tokenizer, prompts, cfg.dpo.sample_tokens)
-    checkpoint = checkpoints.last_checkpoint(out / checkpoints.CHECKPOINTS, *in_force(cfg.launch))
+    checkpoint = training.last_checkpoint(out, cfg.launch)
     before: dict[str, Any] = {}
 
     def first() -> None:

@@ -29,7 +29,6 @@ from ftpipe.choices import Device, Normalize, Part, Use
 from ftpipe.config import RunConfig
 from ftpipe.data import table
 from ftpipe.errors import ConfigError, DataError
-from ftpipe.launch_settings import in_force
 from ftpipe.logs import say
 from ftpipe.reward import batches, gate, model, report
 from ftpipe.reward.heldout import (
@@ -105,12 +104,13 @@ def run(cfg: RunConfig, inputs: Mapping[str, Artifact], out: Path) -> dict[str, 
         for number, folder in enumerate(folders):
             if not single:
                 say(f"{folder.name} of {reward.ensemble}, seed {cfg.seed + number}")
+            checkpoint = training.last_checkpoint(folder, cfg.launch)
             with ExitStack() as own:
-                tracker = (stack if single else own).enter_context(_tracker(cfg, folder))
-                members.append(_member(cfg, found, cfg.seed + number, folder, tracker))
+                tracker = (stack if single else own).enter_context(_tracker(cfg, folder, checkpoint))
+                members.append(_member(cfg, found, cfg.seed + number, folder, checkpoint, tracker))
             gc.collect()  # the next one needs the memory
         if not single:
-            tracker = stack.enter_context(_tracker(cfg, out))
+            tracker = stack.enter_context(_tracker(cfg, out, None))
         # the first rank takes away what says that a member is trained: all must have seen it
         PartialState(cpu=cfg.launch.device is Device.cpu).wait_for_everyone()
         metrics = _conclude(cfg, found, dict(zip(folders, members, strict=True)), out, tracker)
@@ -161,13 +161,12 @@ def _demonstrations(dataset: Path) -> tuple[Replies, Part]:
 
 
 @contextmanager
-def _tracker(cfg: RunConfig, folder: Path) -> Iterator[Tracker | None]:
+def _tracker(cfg: RunConfig, folder: Path, checkpoint: Path | None) -> Iterator[Tracker | None]:
     """Open the tracker of a folder on the first rank; lines after its last checkpoint are dropped."""
     if os.environ.get("RANK", "0") != "0":
         yield None
         return
     folder.mkdir(exist_ok=True)
-    checkpoint = checkpoints.last_checkpoint(folder / checkpoints.CHECKPOINTS, *in_force(cfg.launch))
     done = checkpoints.step_of(checkpoint) if checkpoint else 0
     if (folder / TRAINED).is_file():
         done = int(json.loads((folder / TRAINED).read_text())["metrics"]["steps"])
@@ -176,7 +175,12 @@ def _tracker(cfg: RunConfig, folder: Path) -> Iterator[Tracker | None]:
 
 
 def _member(
-    cfg: RunConfig, found: Inputs, seed: int, folder: Path, tracker: Tracker | None
+    cfg: RunConfig,
+    found: Inputs,
+    seed: int,
+    folder: Path,
+    checkpoint: Path | None,
+    tracker: Tracker | None,
 ) -> dict[str, Any]:
     """Train one model into ``folder``, unless it is there; return its metrics and raw rewards."""
     if (folder / TRAINED).is_file():
@@ -195,15 +199,13 @@ def _member(
     scorer = Scorer(trainer, scored, pad, cfg.launch.micro_batch_size)
     validation = found.held_out[Part.validation]
     held_out = HeldOut(scorer, validation) if len(pairs_of(validation)) else None
-    checkpoint = checkpoints.last_checkpoint(folder / checkpoints.CHECKPOINTS, *in_force(cfg.launch))
     metrics: dict[str, Any] = {}
 
     def first() -> None:
         metrics.update(_before(folder, checkpoint is not None, held_out))
 
     trainer.add_callback(Report(tracker, held_out, cfg.reward.eval_every))
-    found_metrics = training.train(trainer, checkpoint, first)
-    metrics |= found_metrics
+    metrics |= training.train(trainer, checkpoint, first)
     trainer.accelerator.wait_for_everyone()  # a rank may still be writing its part of a checkpoint
     trainer.save_model(str(folder))
     raw = {str(part): scorer.score(of_groups(rows)) for part, rows in found.held_out.items()}

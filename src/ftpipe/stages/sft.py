@@ -24,7 +24,6 @@ from ftpipe.config import RunConfig
 from ftpipe.data import table
 from ftpipe.data.packing import packs_of
 from ftpipe.heldout import HeldOut
-from ftpipe.launch_settings import in_force
 from ftpipe.logs import say
 from ftpipe.sampling import Answers, asked
 from ftpipe.sequences import Collate, Layout, Order, sequences
@@ -70,7 +69,7 @@ def run(cfg: RunConfig, inputs: Mapping[str, Artifact], out: Path) -> dict[str, 
         say("no sample answers: no rows are held out (data.validation=0)")
     prompts = asked(validation, demonstrations, cfg.sft.samples)
     answers = Answers(model, tokenizer, prompts, cfg.sft.sample_tokens)
-    checkpoint = checkpoints.last_checkpoint(out / checkpoints.CHECKPOINTS, *in_force(cfg.launch))
+    checkpoint = training.last_checkpoint(out, cfg.launch)
     before: dict[str, Any] = {}
 
     def first() -> None:

@@ -160,8 +160,8 @@ def test_how_far_a_run_is_comes_back_whole(tmp_path: Path) -> None:
 def test_a_checkpoint_holds_safetensors_and_json(tmp_path: Path) -> None:
     Training(tmp_path, Optimizer.adamw_8bit).steps(1).save(tmp_path / "checkpoint-1")
     found = sorted(path.name for path in (tmp_path / "checkpoint-1").iterdir())
-    assert found == ["optimizer.safetensors", "state.json", "trained.safetensors"]
-    for name in found[::2]:
+    assert found == ["optimizer.safetensors", "state.json", "trained.safetensors", "whole.json"]
+    for name in (found[0], found[2]):
         with open(tmp_path / "checkpoint-1" / name, "rb") as file:
             size = int.from_bytes(file.read(8), "little")  # safetensors: a header of JSON
             assert json.loads(file.read(size))
@@ -231,6 +231,24 @@ def test_a_folder_that_lost_its_last_file_is_none(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "checkpoint-1", tmp_path / "checkpoint-2")
     (tmp_path / "checkpoint-2" / "state.json").unlink()
     assert state.last(tmp_path) == tmp_path / "checkpoint-1"
+
+
+def test_a_flipped_bit_sends_the_run_back_to_the_one_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training = Training(tmp_path).steps(1)
+    for number in (1, 2):
+        training.save(tmp_path / f"checkpoint-{number}")
+    flip(tmp_path / "checkpoint-2" / "optimizer.safetensors")
+    assert state.last(tmp_path) == tmp_path / "checkpoint-1"
+    assert "checkpoint-2 is damaged (optimizer.safetensors is not as" in capsys.readouterr().out
+
+
+def flip(path: Path) -> None:
+    """Change one bit in the middle, and nothing else."""
+    whole = bytearray(path.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    path.write_bytes(whole)
 
 
 def test_what_is_left_of_a_killed_write_is_not_in_the_next_one(tmp_path: Path) -> None:
