@@ -25,7 +25,9 @@ BEFORE = "before.json"  # what was measured before the first step, for a run tha
 
 
 def seal(checkpoint: Path, **stated: Any) -> None:
-    """Say that a checkpoint is whole, once it is on the disk. The first rank calls when all have written.
+    """Say that a checkpoint is whole, once it is on the disk.
+
+    Call on the first rank, when all have written.
 
     Args:
         stated: of it, as JSON takes it: for a Trainer's ``tokens``, ``strategy`` and ``ranks``.

@@ -5,6 +5,12 @@ from __future__ import annotations
 from enum import StrEnum
 
 
+class Determinism(StrEnum):
+    off = "off"
+    seeded = "seeded"
+    strict = "strict"
+
+
 class Init(StrEnum):
     pretrained = "pretrained"
     random = "random"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ftpipe.choices import Device, Dtype, Method, Offload, Optimizer, Precision, Strategy
+from ftpipe.choices import Determinism, Device, Dtype, Method, Offload, Optimizer, Precision, Strategy
 from ftpipe.config import RunConfig
 from ftpipe.errors import ConfigError
 from ftpipe.training_config import REFERENCE_FREE, TrainingConfig
@@ -75,6 +75,10 @@ def _by(*strategies: Strategy) -> Callable[[RunConfig], bool]:
     return lambda cfg: cfg.launch.strategy in strategies
 
 
+def _strict(cfg: RunConfig) -> bool:
+    return cfg.determinism is Determinism.strict
+
+
 def _shares_out(cfg: RunConfig) -> bool:
     return cfg.launch.strategy is not Strategy.ddp
 
@@ -97,6 +101,21 @@ def _aio() -> bool:
 
 
 REFUSED = (
+    # --- the same again ---
+    Refusal(
+        ("determinism", "launch.threads", "launch.device"),
+        lambda cfg, _: _strict(cfg) and cfg.launch.device is Device.cpu and cfg.launch.threads is None,
+        "a sum is split over threads, so their number decides how it is rounded; set launch.threads",
+        ("evolve", "sft", "merge", "reward", "reference", "dpo", "ppo"),
+    ),
+    Refusal(
+        ("determinism", "evolve.url"),
+        lambda cfg, _: _strict(cfg) and cfg.evolve.url is not None,
+        "what a server answers is not in this run's hands; set determinism=seeded, or let the run's own "
+        "model answer (evolve.url=null)",
+        ("evolve",),
+    ),
+    # --- ranks ---
     Refusal(
         ("launch.strategy", "launch.processes"),
         lambda cfg, name: _shares_out(cfg) and cfg.launch.nodes_of(name) * cfg.launch.processes == 1,

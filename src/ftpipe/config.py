@@ -17,6 +17,7 @@ from ftpipe.choices import (
     SERVES,
     Attention,
     Choice,
+    Determinism,
     Device,
     Dtype,
     EvalFormat,
@@ -358,6 +359,12 @@ class TrackingConfig:
     project: str = "ftpipe"
     entity: str | None = None  # wandb user or team; null: your default
     tags: list[str] = field(default_factory=list)
+    trace_first: int = 10  # steps on record from the first, at full precision (trace.jsonl)
+    trace_every: int = 100  # and then one in so many
+
+    def check(self) -> None:
+        require(self.trace_first >= 0, "tracking.trace_first", self.trace_first, "0 or more")
+        require(self.trace_every >= 1, "tracking.trace_every", self.trace_every, "at least 1")
 
 
 @dataclass
@@ -367,6 +374,8 @@ class RunConfig:
     name: str = "run"  # shown in logs and trackers; the recipe's name
     stages: list[str] = field(default_factory=lambda: ["prepare", "sft"])  # in order
     seed: int = 0  # of every random number
+    determinism: Determinism = Determinism.seeded  # off: kernels by trial; seeded: the same each time;
+    # strict: deterministic ones alone, or none (determinism.py)
     output: str = "outputs"  # folder that holds artifacts and runs
     smoke: bool = False  # tiny random model of the same architecture, sample rows, few steps
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -390,7 +399,8 @@ class RunConfig:
         require(plain_name, "name", repr(self.name), "letters, digits, and . _ + -")
         require(0 <= self.seed < 2**32, "seed", self.seed, "in [0, 2^32)")
         training = (self.sft, self.reward, self.dpo, self.ppo)
-        for part in (self.model, self.adapter, self.data, self.evolve, *training, self.launch):
+        others = (self.model, self.adapter, self.data, self.evolve, self.launch, self.tracking)
+        for part in (*others, *training):
             part.check()
         require(
             not (self.data.packing and self.sft.group_by_length),

@@ -15,7 +15,7 @@ from pathlib import Path
 from subprocess import Popen
 from typing import Any
 
-from ftpipe import artifacts, launch_settings, pipeline, provenance, stopping
+from ftpipe import artifacts, determinism, launch_settings, pipeline, provenance, stopping
 from ftpipe.artifacts import Artifact
 from ftpipe.choices import Device, Precision, Strategy
 from ftpipe.cluster import ranks
@@ -274,9 +274,8 @@ def environment(cfg: RunConfig, processes: int) -> dict[str, str]:
     here = min(processes, cfg.launch.processes) if in_job else processes  # on this node
     threads = cfg.launch.threads or max(1, len(os.sched_getaffinity(0)) // here)
     fixed: dict[str, Any] = {
+        **determinism.environment(cfg.determinism),
         "OMP_NUM_THREADS": threads,
-        "PYTHONHASHSEED": 0,
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": 1,
         "ACCELERATE_MIXED_PRECISION": mixed(cfg.launch.precision),

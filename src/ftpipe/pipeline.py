@@ -62,7 +62,11 @@ def table(*stages: Stage) -> dict[str, Stage]:
 
 def _unused_by_evolve(cfg: RunConfig) -> Collection[str]:
     """With a server, the run's own model says nothing in the matter."""
-    return () if cfg.evolve.url is None else ("base_model", "model", "tokenizer", "launch.precision")
+    return (
+        ()
+        if cfg.evolve.url is None
+        else ("base_model", "model", "tokenizer", "launch.precision", "determinism")
+    )
 
 
 def _unused_by_start(start: Start) -> Collection[str]:
@@ -105,7 +109,7 @@ STAGES = table(
         does="evolves seed instructions into harder and rarer ones, with answers (Evol-Instruct)",
         makes="evolved",
         takes=("base_model",),
-        reads=("evolve", "model", "launch.precision"),
+        reads=("determinism", "evolve", "model", "launch.precision"),
         pins=("seeds", "model", "tokenizer"),
         on_gpu=lambda cfg: cfg.evolve.url is None,
         resumes=True,
@@ -130,7 +134,7 @@ STAGES = table(
         makes="policy",
         needs=("dataset",),
         takes=("base_model",),
-        reads=("model", "adapter", "sft", "launch.precision", "launch.tf32"),
+        reads=("determinism", "model", "adapter", "sft", "launch.precision", "launch.tf32"),
         learns_from=lambda cfg: (Use.demonstrations,),
         pins=("model",),
         all_ranks=True,
@@ -151,7 +155,7 @@ STAGES = table(
         makes="reward_model",
         needs=("dataset", "policy"),
         takes=("base_model",),
-        reads=("model", "adapter", "reward", "launch.precision", "launch.tf32"),
+        reads=("determinism", "model", "adapter", "reward", "launch.precision", "launch.tf32"),
         learns_from=lambda cfg: (Use.preferences,),
         pins=("model",),
         all_ranks=True,
@@ -165,7 +169,7 @@ STAGES = table(
         makes="reference_logps",
         needs=("dataset", "policy"),
         takes=("base_model",),
-        reads=("model", "dpo.start", "launch.precision", "launch.tf32", *QUANTIZED),
+        reads=("determinism", "model", "dpo.start", "launch.precision", "launch.tf32", *QUANTIZED),
         learns_from=_dpo_learns_from,
         pins=("model",),
         all_ranks=True,
@@ -177,7 +181,7 @@ STAGES = table(
         makes="policy",
         needs=("dataset", "policy"),
         takes=("base_model", "reference_logps"),
-        reads=("model", "adapter", "dpo", "launch.precision", "launch.tf32"),
+        reads=("determinism", "model", "adapter", "dpo", "launch.precision", "launch.tf32"),
         learns_from=_dpo_learns_from,
         pins=("model",),
         all_ranks=True,
@@ -191,7 +195,7 @@ STAGES = table(
         makes="policy",
         needs=("dataset", "policy", "reward_model"),
         takes=("base_model",),
-        reads=("model", "adapter", "ppo", "launch.precision", "launch.tf32"),
+        reads=("determinism", "model", "adapter", "ppo", "launch.precision", "launch.tf32"),
         learns_from=_ppo_learns_from,
         pins=("model",),
         all_ranks=True,

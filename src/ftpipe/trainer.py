@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import gather_object
 from transformers import Trainer
 from trl import SFTTrainer
 
-from ftpipe import checkpoints, modeling, sharding
+from ftpipe import checkpoints, modeling, sharding, trace
 from ftpipe.artifacts import write_atomic
 from ftpipe.choices import Precision, Strategy
 from ftpipe.launch_settings import in_force
@@ -19,6 +20,7 @@ from ftpipe.launch_settings import in_force
 if TYPE_CHECKING:
     from ftpipe.config import LaunchConfig
     from ftpipe.sequences import Order
+    from ftpipe.trace import Trace
 
 SHARDS, SCHEDULE = "shards", "schedule.json"  # in a checkpoint of FSDP2
 
@@ -35,6 +37,7 @@ class Ordered(Trainer):
     Attributes:
         tokens_seen: so far by all ranks, without padding; whoever computes the loss counts them.
         due: a run which nothing interrupts has the next checkpoint, too.
+        trace: what is on record of the steps; None: nothing.
     """
 
     def __init__(self, order: Order, launch: LaunchConfig, **options: Any) -> None:
@@ -43,6 +46,8 @@ class Ordered(Trainer):
         self.strategy, self._ranks = in_force(launch)
         self.tokens_seen = 0
         self.due = True
+        self.trace: Trace | None = None
+        self._traced: list[tuple[torch.Tensor, str]] = []  # loss and rows of a step's micro-batches
         super().__init__(**options)
 
     def unlogged(self) -> dict[str, Any]:
@@ -106,6 +111,48 @@ class Ordered(Trainer):
         if self.compute is not None:
             stack.enter_context(torch.autocast(self.args.device.type, self.compute))
         return stack
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+        on_record = self.trace is not None and self.trace.has(self.state.global_step + 1)
+        tensors = [(name, value) for name, value in inputs.items() if isinstance(value, torch.Tensor)]
+        rows = trace.of_tensors(sorted(tensors)) if on_record else ""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if on_record:
+            self._traced.append((loss.detach(), rows))
+        return loss
+
+    def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *given: Any, **rest: Any) -> None:
+        if self._traced:
+            self._record(float(grad_norm), rest["learning_rate"])
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *given, **rest)
+
+    def _record(self, norm: float, rate: float) -> None:
+        """Put the step that was just made on record: what all ranks made of it."""
+        own = torch.stack([loss for loss, _ in self._traced]).sum()
+        loss = self.accelerator.reduce(own, reduction="mean")
+        rows: list[str] = gather_object([rows for _, rows in self._traced])
+        self._traced = []
+        assert self.trace is not None
+        self.trace.step(
+            self.state.global_step,
+            loss=loss.item(),
+            grad_norm=norm,
+            learning_rate=rate,
+            data=trace.of_texts(rows),
+        )
+
+    def weights(self) -> dict[str, str]:
+        """Return digests of all weights: of what every rank holds, where they are shared out."""
+        trained = [weight for weight in self._net.parameters() if weight.requires_grad]
+        own = trace.of_weights(self._net.named_parameters(), trained)
+        if not self.shares_out:
+            return own
+        everyone: list[dict[str, str]] = gather_object([own])
+        return {
+            f"rank {rank}: {name}": value
+            for rank, digests in enumerate(everyone)
+            for name, value in digests.items()
+        }
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write what is trained as one would load it, from the first rank."""

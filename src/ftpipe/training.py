@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerState
 
     from ftpipe.config import LaunchConfig
+    from ftpipe.trace import Trace
     from ftpipe.trainer import Ordered
     from ftpipe.training_config import TrainingConfig
 
@@ -135,10 +136,13 @@ def last_checkpoint(out: Path, launch: LaunchConfig) -> Path | None:
     return found[0]
 
 
-def train(trainer: Ordered, checkpoint: Path | None, first: Callable[[], object]) -> dict[str, float]:
+def train(
+    trainer: Ordered, checkpoint: Path | None, trace: Trace, first: Callable[[], object]
+) -> dict[str, float]:
     """Train to the end, from a checkpoint if there is one; return what ``summary`` says of it.
 
     Args:
+        trace: takes what the steps did.
         first: called on every rank before the first step, when the model is where it is trained, and in
             shards if it is to be.
 
@@ -147,7 +151,15 @@ def train(trainer: Ordered, checkpoint: Path | None, first: Callable[[], object]
     """
     if trainer.is_world_process_zero():
         checkpoints.drop_torn(Path(str(trainer.args.output_dir)), checkpoint)
-    beginning = Beginning(first)
+    trace.begin(checkpoints.step_of(checkpoint) if checkpoint else 0)
+    trainer.trace = trace
+
+    def begin() -> None:
+        if checkpoint is None:
+            trace.initial(trainer.weights())
+        first()
+
+    beginning = Beginning(begin)
     trainer.add_callback(beginning)
     if checkpoint is not None:
         say(f"continuing from {checkpoint.name}")

@@ -14,8 +14,9 @@ import socket
 import sys
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
-from ftpipe import schema, stopping
+from ftpipe import determinism, schema, stopping
 from ftpipe.artifacts import open_artifact, write_atomic
 from ftpipe.choices import Device
 from ftpipe.cluster import ranks
@@ -42,9 +43,7 @@ def main(argv: list[str]) -> int:
     meet(cfg)
     first = os.environ.get("RANK", "0") == "0"
     try:
-        stage = importlib.import_module(f"ftpipe.stages.{job['stage']}")
-        inputs = {kind: open_artifact(Path(path)) for kind, path in job["inputs"].items()}
-        metrics = stage.run(cfg, inputs, out)
+        metrics = run(job, cfg, out)
     except UserError as error:
         # Every rank sees the same input, so any of them may tell. They end as if all were well, since
         # torch's launcher would print a page about each that does not; the driver looks for the file.
@@ -66,6 +65,24 @@ def main(argv: list[str]) -> int:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         write_atomic(out / RESULT, json.dumps({"metrics": metrics, "peak_memory_kib": peak}))
     return 0
+
+
+def run(job: dict[str, Any], cfg: RunConfig, out: Path) -> dict[str, float]:
+    """Call the stage; return its metrics.
+
+    Raises:
+        UserError: if it refuses its input, or has no deterministic kernel where it must.
+    """
+    stage = importlib.import_module(f"ftpipe.stages.{job['stage']}")
+    inputs = {kind: open_artifact(Path(path)) for kind, path in job["inputs"].items()}
+    try:
+        metrics: dict[str, float] = stage.run(cfg, inputs, out)
+    except RuntimeError as error:
+        refused = determinism.refusal(error)
+        if refused is None:
+            raise
+        raise UserError(refused) from None
+    return metrics
 
 
 def meet(cfg: RunConfig) -> None:

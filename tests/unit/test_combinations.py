@@ -9,6 +9,7 @@ import pytest
 
 from ftpipe import combinations, pipeline
 from ftpipe.choices import (
+    Determinism,
     Device,
     Dtype,
     Method,
@@ -116,6 +117,8 @@ CASES: list[Row] = [
     ("dpo", {"stages": ["prepare", "sft", "reference", "dpo"]}, (), ""),
     ("dpo", {"adapter__method": Method.lora}, (), ""),
     ("dpo", {"dpo__loss": PreferenceLoss.simpo}, (), ""),
+    ("sft", {"determinism": Determinism.strict, "launch__threads": 1}, (), ""),
+    ("sft", {"determinism": Determinism.strict, "launch__device": Device.cuda}, (), ""),
     ("ppo", {}, Z, "one model"),
     ("ppo", {"adapter__method": Method.lora}, (*Z, Strategy.fsdp), "ddp"),
 ]
@@ -140,6 +143,24 @@ def test_what_does_not_go_together_is_refused_and_the_rest_is_not(
     sentence = str(said.value)
     assert sentence.startswith("launch.") and f" in the stage '{stage}': " in sentence
     assert words in sentence and sentence.endswith(".") and "STAGE" not in sentence.split(": ")[0]
+
+
+SERVER: dict[str, object] = {"launch__threads": 1, "evolve__url": "http://[::1]/v1"}
+STRICT: list[Row] = [
+    ("sft", {"determinism": Determinism.strict}, ALL, "launch.threads=None"),
+    ("evolve", {"determinism": Determinism.strict, **SERVER}, ALL, "not in this run's hands"),
+]
+
+
+@pytest.mark.parametrize(("stage", "values", "_", "words"), STRICT)
+def test_strict_refuses_what_nobody_can_fix(
+    cfg: RunConfig, stage: str, values: dict[str, object], _: object, words: str
+) -> None:
+    put(cfg, **values)
+    with pytest.raises(ConfigError, match=f"^determinism=strict, .*{words}"):
+        combinations.check(cfg, [stage])
+    cfg.determinism = Determinism.seeded
+    combinations.check(cfg, [stage])
 
 
 def test_a_disk_is_for_zero3_alone_and_must_be_there(
@@ -211,7 +232,7 @@ def test_every_row_is_tried_here(shared: RunConfig) -> None:
         for key in ("offload_optimizer", "offload_parameters")
     ]
     met = set()
-    for stage, values, _, _ in [*CASES, *disks]:
+    for stage, values, _, _ in [*CASES, *STRICT, *disks]:
         for strategy in ALL:
             cfg = copy.deepcopy(shared)
             put(cfg, launch__strategy=strategy, **values)

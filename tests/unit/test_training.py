@@ -10,6 +10,8 @@ import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ftpipe import training
+from ftpipe.config import TrackingConfig
+from ftpipe.trace import Trace
 
 
 class Clocked:
@@ -24,6 +26,9 @@ class Clocked:
 
     def is_world_process_zero(self) -> bool:
         return True
+
+    def weights(self) -> dict[str, str]:
+        return {}
 
     def add_callback(self, callback: Any) -> None:
         self._callbacks.append(callback)
@@ -41,9 +46,10 @@ def test_what_is_measured_before_the_first_step_is_no_part_of_the_speed(
     clock = [10.0]
     monkeypatch.setattr("ftpipe.trainer_callbacks.time.monotonic", lambda: clock[0])
     trainer: Any = Clocked(tmp_path)
+    trace = Trace.of(TrackingConfig(), tmp_path, rank=0)
 
     def measured_for_one_second() -> None:
         clock[0] += 1.0
 
-    metrics = training.train(trainer, None, first=measured_for_one_second)
+    metrics = training.train(trainer, None, trace, measured_for_one_second)
     assert metrics["tokens_per_second"] == 100  # in the 2 s less this one

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
-from ftpipe import modeling
+from ftpipe import determinism, modeling
 from ftpipe import tokenizer as tokenizers
 from ftpipe.choices import Device, Method
 from ftpipe.config import AdapterConfig, RunConfig
@@ -63,6 +63,7 @@ class LocalModel:
     model = "own"  # the artifact's fingerprint says which
 
     def __init__(self, cfg: RunConfig, base: Path | None) -> None:
+        determinism.begin(cfg)
         self.together = cfg.evolve.concurrency
         self._tokenizer = tokenizers.load(cfg.model, base)
         if self._tokenizer.chat_template is None:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
-from ftpipe import checkpoints, sharding, stopping
+from ftpipe import checkpoints, sharding, stopping, trace
 from ftpipe.errors import HealthError
 from ftpipe.logs import say
 from ftpipe.ppo import functions, generation, health, state
@@ -51,6 +51,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ftpipe.ppo_config import PpoConfig
+    from ftpipe.trace import Trace
+
+# What a line of the trace says of a rollout, besides the digest of its prompts and answers.
+TRACED = (
+    *("score", "kl", "entropy", "length", "policy_loss", "value_loss", "approx_kl"),
+    *("policy_grad_norm", "value_grad_norm"),
+)
 
 
 @dataclass
@@ -64,6 +71,7 @@ class PpoTrainer:
         rollouts: how many there are in all.
         schedule: of the learning rate, a step for each rollout.
         checkpoints: their folder.
+        trace: takes what each rollout did.
         progress: how far the run is; ``resume`` puts that of the last checkpoint in its place.
     """
 
@@ -75,6 +83,7 @@ class PpoTrainer:
     rollouts: int
     schedule: Any
     checkpoints: Path
+    trace: Trace
     progress: state.Progress = field(default_factory=state.Progress)
     controller: FixedController | AdaptiveController = field(init=False)
     watch: health.Watch = field(init=False)
@@ -108,7 +117,9 @@ class PpoTrainer:
         (checkpoint,) = found
         if self.ranks.rank == 0:
             checkpoints.drop_torn(self.checkpoints, checkpoint)
+        self.trace.begin(checkpoints.step_of(checkpoint) if checkpoint else 0)
         if checkpoint is None:
+            self.trace.initial(self._initial())
             return
         say(f"continuing from {checkpoint.name}")
         self.progress = state.restore(checkpoint, self.weights(), self.updater.optimizer, self.schedule)
@@ -190,6 +201,10 @@ class PpoTrainer:
         # 5. PPO epochs over minibatches.
         shown |= self.updater.update(found, rollout, self.progress.updates)
         updated = time.monotonic()
+        if self.trace.has(rollout + 1):
+            drawn_rows = [[*one.prompt, *one.tokens] for one in found.answers]
+            measured = {name: value for name, value in shown.items() if name in TRACED}
+            self.trace.step(rollout + 1, **measured, data=trace.of_rows(drawn_rows))
         # 6. The KL controller and the learning rate, for the next rollout.
         shown |= {"beta": beta, "learning_rate": self.schedule.get_last_lr()[0]}
         self.controller = self.controller.update(shown["kl"], size)
@@ -290,6 +305,19 @@ class PpoTrainer:
 
         function, watch = self.ppo.function, self.ppo.watch
         return by(function.name, function.parameters), by(watch.name, watch.parameters)
+
+    def _initial(self) -> dict[str, str]:
+        """Return digests of what is trained and of what it stands on, as the first rank holds it."""
+        trained = self.weights()
+        names = {id(weight): name for name, weight in trained.items()}
+        models = dict.fromkeys(self.roles.models.values())  # one, where the base is shared
+        base = [
+            (f"{at}/{name}", weight)
+            for at, model in enumerate(models)
+            for name, weight in model.named_parameters()
+            if id(weight) not in names
+        ]
+        return trace.of_weights([*trained.items(), *base], trained.values())
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Return all that is trained, by name."""

@@ -24,9 +24,8 @@ from peft import (
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import set_seed
 
-from ftpipe import modeling, policy
+from ftpipe import determinism, modeling, policy
 from ftpipe.artifacts import write_atomic
 from ftpipe.choices import Dtype, Method, Precision
 from ftpipe.errors import ModelError
@@ -54,7 +53,7 @@ def make(
     Raises:
         ModelError: if the weights cannot be loaded, or have no place for a score.
     """
-    set_seed(seed)
+    determinism.begin(cfg, seed)
     model, fresh = policy.load(cfg, start, tokenizer, scored=True)
     head.initialise(model, seed)
     head.pool_by_mask(model)

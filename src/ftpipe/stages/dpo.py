@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoTokenizer, PrinterCallback, TrainingArguments, set_seed
+from transformers import AutoTokenizer, PrinterCallback, TrainingArguments
 
-from ftpipe import checkpoints, modeling, policy, sharding, training
+from ftpipe import checkpoints, determinism, modeling, policy, sharding, training
 from ftpipe.artifacts import Artifact
 from ftpipe.choices import Method, Part, PreferenceLoss, Strategy, Use
 from ftpipe.config import RunConfig
@@ -31,6 +31,7 @@ from ftpipe.preferences.heldout import HeldOutPreferences
 from ftpipe.preferences.trainer import PreferenceTrainer
 from ftpipe.sampling import Answers, asked
 from ftpipe.sequences import Order
+from ftpipe.trace import Trace
 from ftpipe.tracking import Tracker
 from ftpipe.trainer_callbacks import Report, in_words
 from ftpipe.training_config import REFERENCE_FREE
@@ -59,7 +60,7 @@ def run(cfg: RunConfig, inputs: Mapping[str, Artifact], out: Path) -> dict[str, 
         ConfigError: if a row is longer than the model's positions.
         DataError: if kto is given answers to one prompt only.
     """
-    set_seed(cfg.seed)
+    determinism.begin(cfg)
     dataset = inputs["dataset"].path
     tokenizer = AutoTokenizer.from_pretrained(str(dataset / "tokenizer"))
     use = Use.unpaired if cfg.dpo.loss is PreferenceLoss.kto else Use.preferences
@@ -99,7 +100,8 @@ def run(cfg: RunConfig, inputs: Mapping[str, Artifact], out: Path) -> dict[str, 
             done = checkpoints.step_of(checkpoint) if checkpoint else 0
             tracker = stack.enter_context(Tracker(cfg, "dpo", out, done))
         trainer.add_callback(Report(tracker, held_out, cfg.dpo.eval_every))
-        metrics = training.train(trainer, checkpoint, first)
+        trace = Trace.of(cfg.tracking, out, trainer.args.process_index)
+        metrics = training.train(trainer, checkpoint, trace, first)
         if held_out is not None:
             metrics |= {f"{name}_before": value for name, value in before["held_out"].items()}
             metrics |= held_out.measure()

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import PartialState
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import AutoTokenizer, Trainer, TrainingArguments, get_scheduler, set_seed
+from transformers import AutoTokenizer, Trainer, TrainingArguments, get_scheduler
 
-from ftpipe import checkpoints, modeling, policy, sharding, training
+from ftpipe import checkpoints, determinism, modeling, policy, sharding, training
 from ftpipe.artifacts import Artifact, write_atomic
 from ftpipe.choices import Device, Part, Precision, RewardKind, Use
 from ftpipe.config import RunConfig
@@ -36,6 +36,7 @@ from ftpipe.ppo.update import Ranks, Updater
 from ftpipe.reward import gate
 from ftpipe.sampling import markdown
 from ftpipe.sequences import Order
+from ftpipe.trace import Trace
 from ftpipe.tracking import Tracker
 from ftpipe.trainer_callbacks import in_words
 
@@ -62,7 +63,7 @@ def run(cfg: RunConfig, inputs: Mapping[str, Artifact], out: Path) -> dict[str, 
         DataError: if there are no prompts, or a reward function fails.
         HealthError: if the training goes wrong; its state is saved.
     """
-    set_seed(cfg.seed)
+    determinism.begin(cfg)
     for function in (cfg.ppo.function, cfg.ppo.watch):
         if function.name is not None:
             functions.named(function.name, function.parameters)
@@ -125,6 +126,7 @@ def make_trainer(
         rollouts=steps,
         schedule=schedule,
         checkpoints=out / checkpoints.CHECKPOINTS,
+        trace=Trace.of(cfg.tracking, out, updater.ranks.rank),
     )
 
 

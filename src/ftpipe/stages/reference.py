@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
-from transformers import AutoTokenizer, set_seed
+from transformers import AutoTokenizer
 from transformers.utils.import_utils import enable_tf32
 
-from ftpipe import policy, training
+from ftpipe import determinism, policy, training
 from ftpipe.artifacts import Artifact
 from ftpipe.choices import Device, Part, Use
 from ftpipe.config import RunConfig
@@ -39,7 +39,7 @@ def run(cfg: RunConfig, inputs: Mapping[str, Artifact], out: Path) -> dict[str, 
         ModelError: if the policy cannot be loaded.
         ConfigError: if a row is longer than the model's positions.
     """
-    set_seed(cfg.seed)
+    determinism.begin(cfg)
     if cfg.launch.device is Device.cuda:
         enable_tf32(cfg.launch.tf32)  # as a Trainer does
     dataset = inputs["dataset"].path

@@ -42,6 +42,7 @@ from ftpipe.reward.heldout import (
 from ftpipe.reward.model import Normalization
 from ftpipe.reward.trainer import RewardTrainer
 from ftpipe.sequences import Order, sequences
+from ftpipe.trace import Trace
 from ftpipe.tracking import Tracker
 from ftpipe.trainer_callbacks import Report, in_words
 
@@ -205,7 +206,8 @@ def _member(
         metrics.update(_before(folder, checkpoint is not None, held_out))
 
     trainer.add_callback(Report(tracker, held_out, cfg.reward.eval_every))
-    metrics |= training.train(trainer, checkpoint, first)
+    trace = Trace.of(cfg.tracking, folder, trainer.args.process_index)
+    metrics |= training.train(trainer, checkpoint, trace, first)
     trainer.accelerator.wait_for_everyone()  # a rank may still be writing its part of a checkpoint
     trainer.save_model(str(folder))
     raw = {str(part): scorer.score(of_groups(rows)) for part, rows in found.held_out.items()}

@@ -14,10 +14,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoTokenizer, PrinterCallback, set_seed
+from transformers import AutoTokenizer, PrinterCallback
 from trl import SFTConfig
 
-from ftpipe import checkpoints, isolation, modeling, training
+from ftpipe import checkpoints, determinism, isolation, modeling, training
 from ftpipe.artifacts import Artifact
 from ftpipe.choices import Method, Part, Use
 from ftpipe.config import RunConfig
@@ -28,6 +28,7 @@ from ftpipe.logs import say
 from ftpipe.sampling import Answers, asked
 from ftpipe.sequences import Collate, Layout, Order, sequences
 from ftpipe.tokenizer import NEW_TOKENS
+from ftpipe.trace import Trace
 from ftpipe.tracking import Tracker
 from ftpipe.trainer import DemonstrationTrainer
 from ftpipe.trainer_callbacks import Report
@@ -47,7 +48,7 @@ def run(cfg: RunConfig, inputs: Mapping[str, Artifact], out: Path) -> dict[str, 
         ModelError: if the base model cannot be loaded.
         ConfigError: if a row is longer than the model's positions.
     """
-    set_seed(cfg.seed)
+    determinism.begin(cfg)
     dataset, base = inputs["dataset"].path, inputs.get("base_model")
     tokenizer = AutoTokenizer.from_pretrained(str(dataset / "tokenizer"))
     new: dict[str, int] = json.loads((dataset / NEW_TOKENS).read_text(encoding="utf-8"))
@@ -83,7 +84,8 @@ def run(cfg: RunConfig, inputs: Mapping[str, Artifact], out: Path) -> dict[str, 
             done = checkpoints.step_of(checkpoint) if checkpoint else 0
             tracker = stack.enter_context(Tracker(cfg, "sft", out, done))
         trainer.add_callback(Report(tracker, held_out, cfg.sft.eval_every))
-        metrics = training.train(trainer, checkpoint, first)
+        trace = Trace.of(cfg.tracking, out, trainer.args.process_index)
+        metrics = training.train(trainer, checkpoint, trace, first)
         if held_out is not None:
             loss = held_out.loss()
             metrics["held_out_loss_before"] = before["held_out_loss"]
