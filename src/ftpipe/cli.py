@@ -30,6 +30,9 @@ usage: ftpipe VERB recipe=NAME [key=value ...] [-m]
   submit    the same as jobs of Slurm, with launch=slurm-...: a job for each stage that is to be made
               --dry-run: show the scripts, submit nothing
   status    what became of the jobs: [RUN], a run's folder; without it the newest
+  verify    make a run again from its record and say where the two part: RUN, a run's folder
+              --steps K: of each training; --full: to its last weight; --stage NAME: this one alone
+              --json; --scratch DIR: keep what is made there; launch.KEY=value: what this machine has
   recipes   list the recipes
   doctor    show what this machine has
 
@@ -83,6 +86,7 @@ def _main(words: list[str]) -> int:
         "inspect": _inspect,
         "submit": _submit,
         "status": _status,
+        "verify": _verify,
         "job": _job,
         "recipes": _recipes,
         "doctor": _doctor,
@@ -237,6 +241,12 @@ def _status(words: list[str]) -> int:
     lines, well = status.of_run(status.chosen(words))
     print("\n".join(lines))
     return 0 if well else 1
+
+
+def _verify(words: list[str]) -> int:
+    from ftpipe.verify import verb
+
+    return verb.main(words)
 
 
 def _job(words: list[str]) -> int:

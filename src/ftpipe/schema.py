@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import typing
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,17 @@ from ftpipe.config import RunConfig
 from ftpipe.errors import ConfigError, nearest
 
 
-def load(path: Path) -> RunConfig:
-    """Read a resolved ``run.yaml``."""
-    return from_composed(OmegaConf.load(path))
+def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a resolved ``run.yaml``.
+
+    Args:
+        overrides: ``key=value``, in place of its values.
+
+    Raises:
+        ConfigError: for what does not fit the schema.
+    """
+    read = OmegaConf.load(path)
+    return from_composed(OmegaConf.merge(read, OmegaConf.from_dotlist(list(overrides))))
 
 
 def dump(cfg: RunConfig) -> str:

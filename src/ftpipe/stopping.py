@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 FILE = "FTPIPE_STOP"  # environment variable: the path of the file that asks
+STEPS = "FTPIPE_STEPS"  # environment variable: steps after which a stage ends, with nothing saved
 AGAIN = 75  # exit code of a stage that stopped: EX_TEMPFAIL of sysexits.h
 
 _signalled = threading.Event()
@@ -28,6 +29,12 @@ def asked() -> bool:
     """Say whether this rank was asked to stop."""
     file = os.environ.get(FILE)
     return _signalled.is_set() or (file is not None and Path(file).exists())
+
+
+def limit() -> int | None:
+    """Return after how many steps (or rollouts) a stage ends that is made again only to be compared."""
+    steps = os.environ.get(STEPS)
+    return None if steps is None else int(steps)
 
 
 def listen() -> None:

@@ -1,7 +1,7 @@
 """What a training did, step by step, at full precision: enough to find where two runs part.
 
 ``initial.json`` has a digest of every weight before the first step, and ``trace.jsonl`` a line for the
-first steps and for one in so many after them: loss, gradient norm and a digest of the rows. Neither
+first steps, the last, and one in so many between: loss, gradient norm and a digest of the rows. Neither
 holds a time or a place, so two equal runs have equal files. An interrupted run adds the same lines.
 """
 

@@ -113,7 +113,8 @@ class Ordered(Trainer):
         return stack
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
-        on_record = self.trace is not None and self.trace.has(self.state.global_step + 1)
+        number = self.state.global_step + 1
+        on_record = self.trace is not None and (self.trace.has(number) or number == self.state.max_steps)
         tensors = [(name, value) for name, value in inputs.items() if isinstance(value, torch.Tensor)]
         rows = trace.of_tensors(sorted(tensors)) if on_record else ""
         loss = super().training_step(model, inputs, num_items_in_batch)

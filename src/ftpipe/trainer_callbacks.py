@@ -139,6 +139,8 @@ class Continuity(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
+        if state.global_step == stopping.limit():
+            self.stopped = control.should_training_stop = True
         if not self._all_asked() or state.global_step >= state.max_steps:
             return
         self.stopped = control.should_training_stop = True

@@ -155,6 +155,8 @@ class PpoTrainer:
             done = self.progress.rollouts
             if self.ppo.eval_every and done % self.ppo.eval_every == 0:
                 measure(done)  # before the checkpoint, which nothing would measure any more
+            if done == stopping.limit():
+                raise Stopped(f"after rollout {done} of {self.rollouts}, with nothing saved")
             due = self.ppo.save_every and (done % self.ppo.save_every == 0 or done == self.rollouts)
             stop = self._all_asked() and done < self.rollouts
             if due or stop:
@@ -201,7 +203,7 @@ class PpoTrainer:
         # 5. PPO epochs over minibatches.
         shown |= self.updater.update(found, rollout, self.progress.updates)
         updated = time.monotonic()
-        if self.trace.has(rollout + 1):
+        if self.trace.has(rollout + 1) or rollout + 1 == self.rollouts:
             drawn_rows = [[*one.prompt, *one.tokens] for one in found.answers]
             measured = {name: value for name, value in shown.items() if name in TRACED}
             self.trace.step(rollout + 1, **measured, data=trace.of_rows(drawn_rows))

@@ -1,0 +1,1 @@
+"""`ftpipe verify`: make a run again from its record, and say where the two part."""

@@ -1,0 +1,203 @@
+"""Compare a run with itself, made again here and now: from its record to its last weight."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ftpipe import artifacts, pipeline, provenance
+from ftpipe.artifacts import Artifact
+from ftpipe.combinations import TRAIN
+from ftpipe.config import RunConfig
+from ftpipe.errors import ConfigError, UserError, unknown
+from ftpipe.launch import StageFailed, ranks_of
+from ftpipe.pipeline import STAGES, Step
+from ftpipe.trace import INITIAL, TRACE
+from ftpipe.verify import files, rebuild, record, traces
+from ftpipe.verify.findings import Finding, Layer, Report
+
+# What a stage that trains nothing leaves is rows, the weights that others begin with, or a result.
+LEAVES = {"prepare": Layer.data, "evolve": Layer.data, "model": Layer.weights}
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A finished run, as it lies on the disk.
+
+    Attributes:
+        cfg: its configuration, with what this machine asks for.
+        made: its artifacts by stage, in order.
+    """
+
+    folder: Path
+    cfg: RunConfig
+    made: Mapping[str, Artifact]
+
+    @classmethod
+    def of(cls, folder: Path, cfg: RunConfig) -> Recorded:
+        """Read the record of a run.
+
+        Raises:
+            UserError: if it is not finished, or an artifact is gone or damaged.
+        """
+        listed = folder / "artifacts.json"
+        if not listed.is_file():
+            raise UserError(f"{folder} has no artifacts.json: the run was never finished.")
+        root = folder.parent.parent
+        names: dict[str, str] = json.loads(listed.read_text(encoding="utf-8"))
+        made = {}
+        for stage, name in names.items():
+            path = root / "artifacts" / name
+            if not (path / artifacts.MANIFEST).is_file():
+                raise UserError(f"{path}, which the run made, is gone; run the recipe again.")
+            made[stage] = artifacts.open_artifact(path)
+        return cls(folder, cfg, made)
+
+    def inputs(self, stage: str) -> dict[str, Artifact]:
+        """Return the artifacts that a stage of the run had."""
+        named = self.made[stage].manifest["inputs"]
+        by_name = {artifact.path.name: artifact for artifact in self.made.values()}
+        for name in named.values():
+            if name not in by_name:
+                raise UserError(f"the run has no artifact {name}, which its stage '{stage}' was given.")
+        return {kind: by_name[name] for kind, name in named.items()}
+
+
+@dataclass
+class Verification:
+    """One comparison.
+
+    Attributes:
+        scratch: where stages are made again.
+        steps: of each training that are made again; None: those on record from its beginning.
+        full: all of its steps, and what it leaves.
+        stages: which are made again; empty: all.
+    """
+
+    run: Recorded
+    scratch: Path
+    steps: int | None = None
+    full: bool = False
+    stages: Sequence[str] = ()
+    report: Report = field(default_factory=Report)
+
+    def __post_init__(self) -> None:
+        for stage in self.stages:
+            if stage not in self.run.made:
+                raise ConfigError("--stage: " + unknown("stage", stage, self.run.made))
+
+    def __iter__(self) -> Iterator[str]:
+        """Compare, layer by layer; yield what is done next, in words."""
+        yield "reads the record"
+        planned = self._plan()
+        self._record(planned)
+        for stage, artifact in self.run.made.items():
+            step = planned.get(stage)
+            if step is None or (self.stages and stage not in self.stages):
+                continue
+            most = self._most(artifact)
+            yield f"makes '{stage}' again" + (f", up to step {most}" if most is not None else "")
+            try:
+                made = rebuild.again(self.run.cfg, step, self.run.inputs(stage), self.scratch, most)
+            except (UserError, StageFailed) as error:
+                says = f"it cannot be made here: {error}"
+                layer = Layer.steps if stage in TRAIN else LEAVES.get(stage, Layer.result)
+                self.report.look(layer, stage, "", [Finding(layer, stage, says)])
+                continue
+            self._stage(artifact, made, most)
+
+    def _plan(self) -> dict[str, Step]:
+        """Return the stages as they would be made here and now; what is in the way is on record."""
+        try:
+            return {step.stage.name: step for step in pipeline.plan(self.run.cfg)}
+        except UserError as error:
+            self.report.look(Layer.data, "", "", [Finding(Layer.data, "", str(error))])
+            return {}
+
+    def _record(self, planned: Mapping[str, Step]) -> None:
+        """Compare what needs nothing to be made."""
+        look, made = self.report.look, self.run.made
+        now = provenance.collect([])
+        damage, environment, code = [], [], []
+        for stage, artifact in made.items():
+            damage += files.damage(artifact.path, artifact.manifest["files"], stage)
+            here = {**now, **self._ranks(stage)}
+            environment += record.environment(artifact.manifest["provenance"], here, stage)
+            code += record.code(artifact, now)
+        count = sum(len(artifact.manifest["files"]) for artifact in made.values())
+        look(Layer.record, "", f"{len(made)} artifacts, {count:,} files", _once(damage))
+        look(Layer.environment, "", _of_environment(now), _once(environment))
+        look(Layer.code, "", _of_code(now), _once(code))
+        decided = [
+            finding
+            for stage, step in planned.items()
+            if stage in made
+            for finding in record.decided(made[stage], step)
+        ]
+        for layer in (Layer.config, Layer.data):
+            found = _once([one for one in decided if one.layer is layer])
+            what = "every value that decides" if layer is Layer.config else "outside input, by content"
+            look(layer, "", what, found)
+
+    def _ranks(self, stage: str) -> dict[str, Any]:
+        return {"world_size": ranks_of(self.run.cfg, STAGES[stage])}
+
+    def _most(self, artifact: Artifact) -> int | None:
+        if artifact.stage not in TRAIN or self.full:
+            return None
+        return self.steps or self.run.cfg.tracking.trace_first or 1
+
+    def _stage(self, artifact: Artifact, made: Path, most: int | None) -> None:
+        stage = artifact.stage
+        if stage in TRAIN:
+            self._training(artifact, made, most)
+        if stage not in TRAIN or self.full:
+            layer = LEAVES.get(stage, Layer.result)
+            what, found = files.compare(artifact.path, made, stage, layer)
+            self.report.look(layer, stage, what, found)
+
+    def _training(self, artifact: Artifact, made: Path, most: int | None) -> None:
+        stage = artifact.stage
+        for folder in _trained(artifact.path):
+            name = folder.relative_to(artifact.path).as_posix()
+            of = stage if name == "." else f"{stage}/{name}"
+            if not (made / name / INITIAL).is_file():
+                self.report.left_out.append(
+                    f"{of}: only the first of an ensemble is made without --full"
+                )
+                continue
+            what, found = traces.initial(folder, made / name, of)
+            self.report.look(Layer.weights, of, what, found)
+            exact = not record.other_hardware(self.report.findings)
+            tolerance = 0.0 if exact else traces.TOLERANCE[self.run.cfg.launch.precision]
+            what, found = traces.steps(folder, made / name, of, most, tolerance)
+            self.report.look(Layer.steps, of, what, found)
+        if not _trained(artifact.path):
+            self.report.left_out.append(f"{stage}: its artifact has no trace, so it is too old for this")
+
+
+def _trained(folder: Path) -> list[Path]:
+    """Return the folders of an artifact that hold a trace: itself, or those of an ensemble."""
+    return sorted(path.parent for path in folder.rglob(TRACE))
+
+
+def _once(findings: Sequence[Finding]) -> list[Finding]:
+    """Return findings of the whole run: what several stages say alike is said once."""
+    return list(dict.fromkeys(Finding(one.layer, "", _named(one)) for one in findings))
+
+
+def _named(finding: Finding) -> str:
+    """Return a finding's words, with its stage where they would not be understood without."""
+    of_all = finding.layer in (Layer.environment, Layer.code, Layer.data)
+    return finding.says if of_all or not finding.stage else f"{finding.stage}: {finding.says}"
+
+
+def _of_environment(now: Mapping[str, Any]) -> str:
+    return f"python {now['python']}, {len(now['packages'])} packages, hardware, ranks"
+
+
+def _of_code(now: Mapping[str, Any]) -> str:
+    return f"{len(now.get('source', {})):,} source files, versions of stages"
