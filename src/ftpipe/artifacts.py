@@ -87,6 +87,16 @@ def open_artifact(path: Path) -> Artifact:
         ) from None
 
 
+def damage(artifact: Artifact) -> Iterator[str]:
+    """Yield what is wrong with an artifact's files, one by one; reads every byte of them."""
+    for name, value in artifact.manifest["files"].items():
+        path = artifact.path / name
+        if not path.is_file():
+            yield f"{name} is missing"
+        elif digest(path) != value:
+            yield f"{name} is not as it was written"
+
+
 @contextmanager
 def building(root: Path, stage: str, print_: str) -> Iterator[Path]:
     """Hold the exclusive right to build an artifact; yield its scratch folder.

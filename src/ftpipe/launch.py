@@ -99,7 +99,8 @@ def run_stage(
 
     Raises:
         BusyError: if another process builds the same artifact.
-        UserError: if the stage refuses its input; nothing is left behind but what it ``keeps``.
+        UserError: if an input is damaged, or the stage refuses it; nothing is left behind but what it
+            ``keeps``.
         Stopped: if it was asked to, and has saved its state.
         StageFailed: if it ends in any other way; its scratch folder stays for a resume.
     """
@@ -108,6 +109,8 @@ def run_stage(
         if done is not None:  # finished by another process between the plan and the lock
             artifacts.discard(partial)
             return done, False
+        for artifact in inputs.values():
+            _check_whole(artifact)
         record = provenance.collect(command)
         # now, not after the stage: the checkout may change while it runs
         diff = provenance.uncommitted() if (record["git"] or {}).get("dirty") else None
@@ -142,6 +145,19 @@ def run_stage(
             "provenance": record,
         }
         return artifacts.publish(partial, manifest, drop=RESULT), True
+
+
+def _check_whole(artifact: Artifact) -> None:
+    """Refuse an input that is not as it was written: what is learned from it would be another thing.
+
+    Raises:
+        DataError: naming the file, and what to do.
+    """
+    for wrong in artifacts.damage(artifact):
+        raise DataError(
+            f"{artifact.path} is damaged ({wrong}); delete the folder, and the same command makes it "
+            "again."
+        )
 
 
 def _spawn(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,8 @@ class Verification:
     def _plan(self) -> dict[str, Step]:
         """Return the stages as they would be made here and now; what is in the way is on record."""
         try:
-            return {step.stage.name: step for step in pipeline.plan(self.run.cfg)}
+            here = replace(self.run.cfg, output=str(self.scratch))  # nothing is written to the run's
+            return {step.stage.name: step for step in pipeline.plan(here)}
         except UserError as error:
             self.report.look(Layer.data, "", "", [Finding(Layer.data, "", str(error))])
             return {}
@@ -123,7 +124,7 @@ class Verification:
         now = provenance.collect([])
         damage, environment, code = [], [], []
         for stage, artifact in made.items():
-            damage += files.damage(artifact.path, artifact.manifest["files"], stage)
+            damage += files.damage(artifact)
             here = {**now, **self._ranks(stage)}
             environment += record.environment(artifact.manifest["provenance"], here, stage)
             code += record.code(artifact, now)

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ftpipe.artifacts import MANIFEST, digest, digests
+from ftpipe import artifacts
+from ftpipe.artifacts import MANIFEST, Artifact, digest, digests
 from ftpipe.verify.findings import Finding, Layer
 
 # They hold times, or say where a run lay; nothing reads them that computes.
@@ -44,21 +45,13 @@ def _moved(one: Path, other: Path) -> bool:
     return bool({**a, BASE: ""} == {**b, BASE: ""})
 
 
-def damage(artifact: Path, files: dict[str, str], stage: str) -> list[Finding]:
+def damage(artifact: Artifact) -> list[Finding]:
     """Return which files of an artifact are not as its manifest has them."""
-    found = []
-    for name, value in files.items():
-        path = artifact / name
-        if not path.is_file():
-            found.append(Finding(Layer.record, stage, f"{name} is missing"))
-        elif digest(path) != value:
-            found.append(Finding(Layer.record, stage, f"{name} is not as it was written"))
-    known = {*files, MANIFEST}
-    strange = sorted(
-        path.relative_to(artifact).as_posix() for path in artifact.rglob("*") if path.is_file()
-    )
-    found += [Finding(Layer.record, stage, f"{name} was added") for name in strange if name not in known]
-    return found
+    files = (path for path in sorted(artifact.path.rglob("*")) if path.is_file())
+    names = [path.relative_to(artifact.path).as_posix() for path in files]
+    known = {*artifact.manifest["files"], MANIFEST}
+    found = [*artifacts.damage(artifact), *(f"{name} was added" for name in names if name not in known)]
+    return [Finding(Layer.record, artifact.stage, says) for says in found]
 
 
 def where(one: Path, other: Path) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,11 +60,13 @@ def _limited(steps: int | None) -> Iterator[None]:
 @contextmanager
 def _printing_to(log: Path) -> Iterator[None]:
     """Let this process and those it starts print into a file."""
+    sys.stdout.flush()
     kept = os.dup(1)
-    with log.open("ab") as file:
+    with log.open("a", encoding="utf-8") as file, redirect_stdout(file):
         os.dup2(file.fileno(), 1)
         try:
             yield
         finally:
+            file.flush()
             os.dup2(kept, 1)
             os.close(kept)

@@ -1,0 +1,217 @@
+"""A run made again from its record: equal, or the one thing that was changed is named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft.tuners.lora.layer as lora
+import pytest
+import torch
+
+from ftpipe import cli, launch, provenance, sequences, worker
+from ftpipe.data import templates
+from tests.conftest import InProcess
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("in_process")]
+
+ROWS = [
+    {"instruction": f"Name a number above {number}.", "input": "", "output": f"{number + 1} is."}
+    for number in range(40)
+]
+WORDS = (
+    *("sft", "recipe=tiny", "data=own", "data.template=alpaca", "data.validation=4"),
+    "data.sources={rows: {format: alpaca, path: rows.json}}",
+    *("sft.samples=0", "sft.max_steps=12", "sft.save_every=4", "launch.threads=1"),
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with rows and a finished run of three stages."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "rows.json").write_text(json.dumps(ROWS))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder)
+        patched.setattr(launch, "Popen", InProcess)
+        patched.setattr(worker, "die_with_parent", lambda: None)
+        patched.setattr(worker, "quiet_libraries", lambda: None)
+        assert cli.main(list(WORDS)) == 0
+    return folder
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the run's folder, in a copy of all that it needs, to be spoilt."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    (found,) = Path("outputs/runs").iterdir()
+    return found
+
+
+def verified(capsys: pytest.CaptureFixture[str], run: Path, *words: str) -> tuple[int, dict[str, Any]]:
+    capsys.readouterr()
+    code = cli.main(["verify", str(run), "--json", *words])
+    report: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return code, report
+
+
+def artifact(stage: str) -> Path:
+    (found,) = Path("outputs/artifacts").glob(f"{stage}-*/manifest.json")
+    return found.parent
+
+
+def test_an_untouched_run_is_equal_to_its_last_weight(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(path for path in Path("outputs").rglob("*") if path.is_file())
+    code, report = verified(capsys, run, "--full")
+    assert (code, report["equal"], report["findings"]) == (0, True, [])
+    compared = {(one["layer"], one["stage"]) for one in report["compared"]}
+    assert compared >= {
+        *(("record", ""), ("environment", ""), ("code", ""), ("config", ""), ("data", "")),
+        *(("data", "prepare"), ("initial weights", "sft"), ("steps", "sft"), ("result", "sft")),
+    }
+    assert sorted(path for path in Path("outputs").rglob("*") if path.is_file()) == before
+
+
+def manifest(stage: str, change: Callable[[dict[str, Any]], None]) -> None:
+    path = artifact(stage) / "manifest.json"
+    read = json.loads(path.read_text())
+    change(read)
+    path.write_text(json.dumps(read))
+
+
+def other_package(patched: pytest.MonkeyPatch, run: Path) -> None:
+    manifest("sft", lambda read: read["provenance"]["packages"].update(peft="0.1.0"))
+
+
+def other_python(patched: pytest.MonkeyPatch, run: Path) -> None:
+    patched.setattr("ftpipe.provenance.platform.python_version", lambda: "3.99.0")
+
+
+def other_source(patched: pytest.MonkeyPatch, run: Path) -> None:
+    known = provenance.source()
+    patched.setattr(provenance, "source", lambda: known | {"stages/sft.py": "0" * 16})
+
+
+def other_seed(patched: pytest.MonkeyPatch, run: Path) -> None:
+    text = (run / "run.yaml").read_text()
+    assert "\nseed: 0\n" in text
+    (run / "run.yaml").write_text(text.replace("\nseed: 0\n", "\nseed: 1\n"))
+
+
+def other_byte(patched: pytest.MonkeyPatch, run: Path) -> None:
+    Path("rows.json").write_text(Path("rows.json").read_text().replace("18 is.", "19 is."))
+
+
+def other_template(patched: pytest.MonkeyPatch, run: Path) -> None:
+    known = templates.ALPACA_NO_INPUT
+    patched.setattr(templates, "ALPACA_NO_INPUT", known.replace("Below", "below"))
+
+
+def other_init(patched: pytest.MonkeyPatch, run: Path) -> None:
+    known: Any = lora.LoraLayer.reset_lora_parameters
+
+    def reset(self: Any, adapter: str, *given: Any) -> None:
+        known(self, adapter, *given)
+        if self.in_features != self.out_features:
+            self.lora_A[adapter].weight.data *= 1.001
+
+    patched.setattr(lora.LoraLayer, "reset_lora_parameters", reset)
+
+
+def other_rate(patched: pytest.MonkeyPatch, run: Path) -> None:
+    known = torch.optim.lr_scheduler.LambdaLR.get_lr
+
+    def rates(self: Any) -> list[Any]:
+        return [rate * (1.5 if self.last_epoch == 9 else 1) for rate in known(self)]
+
+    patched.setattr(torch.optim.lr_scheduler.LambdaLR, "get_lr", rates)
+
+
+def other_order(patched: pytest.MonkeyPatch, run: Path) -> None:
+    known = sequences.Order.__iter__
+    patched.setattr(sequences.Order, "__iter__", lambda self: iter(list(known(self))[::-1]))
+
+
+def other_gradient(patched: pytest.MonkeyPatch, run: Path) -> None:
+    known = torch.optim.AdamW.step
+    patched.setattr(
+        torch.optim.AdamW, "step", lambda self, *given: None if _seen(self) == 6 else known(self)
+    )
+
+
+def _seen(optimizer: Any) -> int:
+    """Return how often it was asked to step."""
+    optimizer.asked = getattr(optimizer, "asked", 0) + 1
+    return int(optimizer.asked)
+
+
+def flipped_weight(patched: pytest.MonkeyPatch, run: Path) -> None:
+    path = artifact("sft") / "adapter_model.safetensors"
+    whole = bytearray(path.read_bytes())
+    whole[-1] ^= 1
+    path.write_bytes(whole)
+
+
+FAULTS = [
+    (other_package, "environment", "peft 0.1.0 is recorded, "),
+    (other_python, "environment", "3.99.0 here"),
+    (other_source, "code", "stages/sft.py is other"),
+    (other_seed, "config", "seed=0 is recorded, 1 here"),
+    (other_byte, "data", "data/0/rows: sha256 "),
+    (other_template, "data", "row 1, "),
+    (other_init, "initial weights", "lora_A"),
+    (other_rate, "steps", "step 10: learning rate "),
+    (other_order, "steps", "step 1: its rows "),
+    (other_gradient, "steps", "step 7: loss "),
+    (flipped_weight, "record", "adapter_model.safetensors is not as it was written"),
+]
+
+
+@pytest.mark.parametrize(("fault", "layer", "says"), FAULTS)
+def test_what_was_changed_is_named(
+    run: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    fault: Callable[[pytest.MonkeyPatch, Path], None],
+    layer: str,
+    says: str,
+) -> None:
+    fault(monkeypatch, run)
+    code, report = verified(capsys, run)
+    assert code == 1 and not report["equal"]
+    assert report["first"]["layer"] == layer
+    assert says in report["first"]["says"]
+
+
+def test_a_changed_byte_is_found_in_its_row_too(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other_byte(pytest.MonkeyPatch(), run)
+    _, report = verified(capsys, run, "--stage", "prepare")
+    rows = [one["says"] for one in report["findings"] if one["stage"] == "prepare"]
+    assert any("row " in says and "input_ids[" in says for says in rows)
+
+
+def test_other_hardware_may_round_otherwise_and_no_more(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trace(share: float) -> None:
+        path = artifact("sft") / "trace.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines[4]["loss"] *= 1 + share
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    trace(1e-5)
+    manifest("sft", lambda read: read["provenance"]["hardware"].update(cpu="another"))
+    _, report = verified(capsys, run, "--stage", "sft")
+    steps = [one for one in report["findings"] if one["layer"] == "steps"]
+    assert steps and all(one["tolerated"] for one in steps)
+    assert "step 5: loss" in steps[0]["says"]
+    trace(1e-2)
+    _, report = verified(capsys, run, "--stage", "sft")
+    steps = [one for one in report["findings"] if one["layer"] == "steps"]
+    assert not steps[0]["tolerated"]
