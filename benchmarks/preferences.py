@@ -1,13 +1,12 @@
 """Learning from preferences side by side: our dpo and reward stages against plain TRL, same work.
 
-    make bench-preferences                           # shipped pairs, repeated
     make bench-preferences args="--rows pairs.jsonl --count 64 --runs 5"
 
-Rows are ``prompt, chosen, rejected`` texts. Each run is one epoch over the same rows in batches of the
-same size. Both sides of a comparison run at the same time, a core each, so that whatever else the
-machine does slows both; the next time they change cores. What counts are the ratios. ``two adapters``
-trains a LoRA policy against a frozen copy of itself: ours on one base, TRL's with a second model as its
-reference. Writes benchmarks/results/preferences-<cpu|gpu>.json.
+Rows are ``prompt, chosen, rejected`` texts, cut to one length. Each run is one epoch over the same rows
+in batches of the same size. Both sides of a comparison run at the same time, a core each, so that
+whatever else the machine does slows both; the next time they change cores. What counts are the ratios.
+``two adapters`` trains a LoRA policy against a frozen copy of itself: ours on one base, TRL's with a
+second model as its reference. Writes benchmarks/results/preferences-<cpu|gpu>.json.
 """
 
 from __future__ import annotations
@@ -27,10 +26,8 @@ from typing import Any
 from together import together
 
 from ftpipe import provenance
-from ftpipe.samples import sample_path
 
 HERE = Path(__file__).resolve().parent
-LONGEST = 900  # bytes, which are tokens here: neither side cuts or drops a row
 BATCH, MICRO_BATCH = 8, 4  # pairs
 THREADS = 1  # of either side
 SHAPE = {
@@ -48,9 +45,11 @@ Measurement = dict[str, float]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rows", type=Path, default=sample_path("sample:preference.jsonl"))
+    parser.add_argument("--rows", type=Path, required=True)
     parser.add_argument("--count", type=int, default=48, help="pairs of an epoch")
+    parser.add_argument("--length", type=int, default=700, help="characters of a prompt with its reply")
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--only", nargs="+", help="kinds of work, such as reward; all of them else")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         found = side_by_side(chosen, Path(scratch))
@@ -60,6 +59,7 @@ def main() -> int:
         "packages": provenance.packages(),
         "settings": {
             "pairs": chosen.count,
+            "characters": chosen.length,
             "runs": chosen.runs,
             "rows": chosen.rows.name,
             "model": SHAPE,
@@ -75,7 +75,7 @@ def main() -> int:
 def side_by_side(chosen: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Return measurements, and medians of the ratios ours / theirs, of each kind of work."""
     rows = scratch / "rows.jsonl"
-    write_rows(chosen.rows, rows, chosen.count)
+    write_rows(chosen.rows, rows, chosen.count, chosen.length)
     tuned = ours(scratch, rows, "sft", "stages=[prepare,sft]")  # makes the model, too
     model = next((scratch / "outputs/artifacts").glob("model-*/config.json")).parent
     works: dict[str, tuple[Callable[[], Measurement], Callable[[], Measurement]]] = {
@@ -93,6 +93,7 @@ def side_by_side(chosen: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         ),
     }
     del tuned
+    works = {name: sides for name, sides in works.items() if name in (chosen.only or works)}
     measured: dict[str, list[Measurement]] = {}
     for number in range(chosen.runs):
         for work, sides in works.items():
@@ -115,24 +116,28 @@ def side_by_side(chosen: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     return {"measured": measured, "ratios ftpipe / trl (median of pairs)": ratios}
 
 
-def write_rows(source: Path, target: Path, count: int) -> None:
-    """Write so many pairs that fit, each prompt once, from the file's rows as often as it takes.
+def write_rows(source: Path, target: Path, count: int, length: int) -> None:
+    """Write so many pairs, each prompt once, from the file's rows as often as it takes.
 
-    They are those of middling length, all nearly alike: else which rows share a batch, which either side
-    draws its own way, would decide how much padding is computed, and with it the ratio.
+    Every prompt with its reply is cut to the same length: else which rows share a batch, which either
+    side draws its own way, would decide how much padding is computed, and with it the ratio.
     """
     fit = []
     for line in source.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        texts = [row["prompt"], row["chosen"], row["rejected"]]
-        whole = all(isinstance(text, str) and text.strip() for text in texts)
-        if whole and texts[1] != texts[2] and len("".join(texts).encode()) < LONGEST:
-            fit.append(dict(zip(("prompt", "chosen", "rejected"), texts, strict=True)))
-    by_length = sorted(fit, key=lambda row: len(row["prompt"]) + max(map(len, list(row.values())[1:])))
-    first = max((len(fit) - count) // 2, 0)
-    fit = by_length[first : first + count]
+        prompt, *replies = [row["prompt"], row["chosen"], row["rejected"]]
+        whole = all(isinstance(text, str) and text.isascii() for text in (prompt, *replies))
+        least = length - len(prompt)
+        if whole and least > 20 and all(len(text.strip()) >= least for text in replies):
+            # no space at the end, which one side would strip
+            chosen, rejected = (f"{text.strip()[: least - 1]}." for text in replies)
+            if chosen != rejected:
+                fit.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    if not fit:
+        raise SystemExit(f"{source} has no pair of {length} characters; set --length lower")
     repeated = [
-        {**fit[at % len(fit)], "prompt": f"{at}. {fit[at % len(fit)]['prompt']}"} for at in range(count)
+        {**fit[at % len(fit)], "prompt": f"{at:04}. {fit[at % len(fit)]['prompt']}"}
+        for at in range(count)
     ]
     target.write_text("".join(json.dumps(row) + "\n" for row in repeated), encoding="utf-8")
 
