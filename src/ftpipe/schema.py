@@ -12,18 +12,26 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from ftpipe import home
 from ftpipe.config import RunConfig
 from ftpipe.errors import ConfigError, nearest
 
 
 def load(path: Path) -> RunConfig:
-    """Read a resolved ``run.yaml``."""
-    return from_composed(OmegaConf.load(path))
+    """Read a resolved ``run.yaml``; paths that begin with ``~`` are those of the home here."""
+    cfg = from_composed(OmegaConf.load(path))
+    home.expand(cfg)
+    return cfg
 
 
 def dump(cfg: RunConfig) -> str:
-    """Return the resolved configuration as YAML, keys in schema order."""
-    return OmegaConf.to_yaml(OmegaConf.structured(cfg))
+    """Return the resolved configuration as YAML, keys in schema order, the home written as ``~``."""
+    return OmegaConf.to_yaml(OmegaConf.structured(home.shortened(cfg)))
+
+
+def recorded(cfg: RunConfig) -> dict[str, Any]:
+    """Return what ``dump`` writes, as ``plain`` has it."""
+    return plain(home.shortened(cfg))
 
 
 def plain(cfg: RunConfig) -> dict[str, Any]:
