@@ -1,6 +1,6 @@
 """Paths below the user's home: recorded with ``~``, so that a record names nobody; expanded where read.
 
-A shell expands ``output=~/x`` before ftpipe sees it, so what is recorded may be shorter than what came in.
+A shell expands ``output=~/x`` before ftpipe sees it, so a record may be shorter than what came in.
 """
 
 from __future__ import annotations
@@ -32,6 +32,12 @@ def short(text: str) -> str:
     if home is None:
         return text
     return re.sub(rf"(?<![\w.~/-]){re.escape(home)}(?![\w.-])", "~", text)
+
+
+def long(text: str) -> str:
+    """Undo ``short``: for words that are to be read once more."""
+    home = folder()
+    return text if home is None else re.sub(r"(?<![\w.~/-])~(?=/|$)", lambda _: home, text)
 
 
 def short_path(path: str) -> str:

@@ -1,8 +1,8 @@
 """Where each value of a run's configuration came from: what said it last.
 
 A mapping from dotted keys to words: ``default`` (the schema), ``group model=tiny-llama`` (a file of
-``conf/``), ``recipe tiny``, ``command line``, ``lock``, ``smoke``, ``this machine``. What a file states is
-replayed in the order in which Hydra merges the files, then the overrides.
+``conf/``), ``recipe tiny``, ``command line``, ``lock``, ``smoke``, ``this machine``. What a file states
+is replayed in the order in which Hydra merges the files, then the overrides.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ftpipe.schema import plain
 
 FILE = "origins.json"
 DEFAULT, COMMAND, LOCK, SMOKE, MACHINE = "default", "command line", "lock", "smoke", "this machine"
+DEVICE = "launch.device"  # which a job has to name; what is left to it follows
 COLUMN = 44  # at most, where ``commented`` begins; a longer line has its comment right behind it
 
 Origins = dict[str, str]
@@ -115,14 +116,12 @@ def commented(text: str, told: Mapping[str, str]) -> str:
     lines = text.splitlines()
     tree = yaml.compose(text, yaml.SafeLoader)
     assert isinstance(tree, yaml.MappingNode)
-    said = {
-        line: told[key] for key, line in _lines(tree, "") if told.get(key, DEFAULT) != DEFAULT
-    }
+    said = {line: told[key] for key, line in _lines(tree, "") if told.get(key, DEFAULT) != DEFAULT}
     short = [len(lines[at]) for at in said if len(lines[at]) < COLUMN]
     column = max(short, default=0)
-    return "".join(
-        f"{line:{column}}  # {said[at]}\n" if at in said else f"{line}\n" for at, line in enumerate(lines)
-    )
+    for at, origin in said.items():
+        lines[at] = f"{lines[at]:{column}}  # {origin}"
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _lines(tree: yaml.MappingNode, prefix: str) -> Iterator[tuple[str, int]]:

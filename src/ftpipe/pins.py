@@ -251,6 +251,19 @@ def tokenizer_pins(cfg: RunConfig, digests: Digests) -> dict[str, str]:
     return {f"tokenizer/{file.relative_to(path).as_posix()}": digests.of(file) for file in found}
 
 
+def hub_inputs(cfg: RunConfig) -> set[tuple[str, str, str]]:
+    """Return kind (model or dataset), id and commit of each input that a commit is given for."""
+    model, seeds = cfg.model, cfg.evolve.seeds
+    given = [
+        ("model", model.path, model.revision),
+        ("model", model.tokenizer, model.tokenizer_revision),
+        ("dataset", seeds.path, seeds.revision),
+        *(("dataset", source.path, source.revision) for source in cfg.data.sources.values()),
+        *(("dataset", asked.path, asked.revision) for asked in cfg.data.decontaminate.values()),
+    ]
+    return {(kind, id_, commit) for kind, id_, commit in given if id_ and commit}
+
+
 Pin = Callable[[RunConfig, Digests], Mapping[str, str]]
 
 PINS: Mapping[str, Pin] = {
