@@ -47,6 +47,11 @@ submit: ## submit every stage of a recipe to Slurm; args="launch=slurm-1gpu", "-
 prepare evolve sft merge reward reference dpo ppo run plan inspect submit: $(READY)
 	@$(BIN)/ftpipe $@ $(RECIPE) $(ARGS)
 
+.PHONY: lock-recipe
+lock-recipe: ## pin a recipe to its inputs' commits and digests and to package versions
+lock-recipe: $(READY)
+	@$(BIN)/ftpipe lock $(RECIPE) $(ARGS)
+
 .PHONY: status
 status: ## say what became of submitted jobs; args=RUN for another than the newest
 status: $(READY)

@@ -134,7 +134,10 @@ def building(root: Path, stage: str, print_: str) -> Iterator[Path]:
             partial.mkdir(exist_ok=True)
         except OSError as error:
             raise cannot_write(root, error) from None
-        yield partial
+        try:
+            yield partial
+        finally:
+            lock.truncate(0)  # who builds it, and on which machine, is of no account any more
     # The lock file stays: deleting it would let a third process lock a new file beside a second.
 
 

@@ -7,12 +7,13 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ftpipe import __version__, artifacts, pipeline, schema
+from ftpipe import __version__, artifacts, origins, pipeline, provenance, schema
 from ftpipe.config import RunConfig
 from ftpipe.errors import ConfigError, UserError, unknown
-from ftpipe.launch import StageFailed, resolve_device, run_stage
+from ftpipe.launch import StageFailed, run_stage
+from ftpipe.lock import record
 from ftpipe.pipeline import STAGES, Step
-from ftpipe.smoke import smoke_form
+from ftpipe.resolve import Resolved, recipe_list, resolved, to_lock
 from ftpipe.stopping import AGAIN, Stopped
 from ftpipe.summary import summary
 
@@ -33,6 +34,7 @@ usage: ftpipe VERB recipe=NAME [key=value ...] [-m]
   verify    make a run again from its record and say where the two part: RUN, a run's folder
               --steps K: of each training; --full: to its last weight; --stage NAME: this one alone
               --json; --scratch DIR: keep what is made there; launch.KEY=value: what this machine has
+  lock      pin the recipe to what its inputs and packages are now: commits, digests, versions
   recipes   list the recipes
   doctor    show what this machine has
 
@@ -87,6 +89,7 @@ def _main(words: list[str]) -> int:
         "submit": _submit,
         "status": _status,
         "verify": _verify,
+        "lock": _lock,
         "job": _job,
         "recipes": _recipes,
         "doctor": _doctor,
@@ -109,14 +112,6 @@ def usage() -> str:
     )
 
 
-def recipe_list() -> str:
-    from ftpipe import compose
-
-    known = compose.recipes()
-    width = max((len(name) for name in known), default=0)
-    return "\n".join(f"  {name:{width}}  {compose.describe(file)}" for name, file in known.items())
-
-
 def _recipes(rest: list[str]) -> int:
     if rest:
         raise ConfigError(f"recipes takes no words, but got '{rest[0]}'.")
@@ -133,67 +128,20 @@ def _doctor(rest: list[str]) -> int:
 
 
 def configurations(words: list[str], elsewhere: bool = False) -> list[RunConfig]:
-    """Return the checked, resolved configurations of a command line's words.
-
-    Args:
-        elsewhere: they run as jobs, not on this machine.
-
-    Raises:
-        ConfigError: for anything that does not exist or does not fit.
-    """
-    from ftpipe import compose
-
-    flags = [word for word in words if word.startswith("-")]
-    overrides = [word for word in words if not word.startswith("-")]
-    for flag in flags:
-        if flag not in ("-m", "--multirun"):
-            raise ConfigError(unknown("option", flag, ["-m", "--multirun", "--help"]))
-    if not any(word.split("=")[0] == "recipe" for word in overrides):
-        raise ConfigError("choose a recipe with recipe=NAME:\n" + recipe_list())
-    resolved = []
-    for cfg in compose.runs(overrides, multirun=bool(flags)):
-        run = smoke_form(cfg) if cfg.smoke else cfg
-        run.check()
-        expand_home(run)
-        resolve_device(run, elsewhere)
-        resolved.append(run)
-    return resolved
-
-
-def expand_home(cfg: RunConfig) -> None:
-    """Replace a leading ``~`` in paths, once, for everything that reads them.
-
-    Raises:
-        ConfigError: for the home of somebody who does not exist.
-    """
-
-    def expanded(path: str) -> str:
-        try:
-            return str(Path(path).expanduser()) if path.startswith("~") else path
-        except RuntimeError:
-            raise ConfigError(f"{path}: there is no such home folder.") from None
-
-    cfg.output = expanded(cfg.output)
-    cfg.model.path = expanded(cfg.model.path) if cfg.model.path else None
-    cfg.model.tokenizer = expanded(cfg.model.tokenizer) if cfg.model.tokenizer else None
-    seeds = cfg.evolve.seeds
-    seeds.path = expanded(seeds.path) if seeds.path else None
-    for source in cfg.data.sources.values():
-        source.path = expanded(source.path)
-    for questions in cfg.data.decontaminate.values():
-        questions.path = expanded(questions.path)
+    """Return the configurations alone of what ``resolved`` returns."""
+    return [run.cfg for run in resolved(words, elsewhere)]
 
 
 def _plan(words: list[str]) -> int:
     made: set[Path] = set()  # by then: an earlier run of this sweep makes it
-    for cfg in configurations(words):
-        steps = pipeline.plan(cfg)
+    for run in resolved(words):
+        cfg, steps = run.cfg, run.plan()
         print(f"{cfg.name}: {len(steps)} stages")
         for step in steps:
             state = "reuse" if step.artifact or step.place in made else "run  "
             print(f"  {state} {step.stage.name:9} {step.place}")
             made.add(step.place)
-        text = schema.dump(cfg)
+        text = origins.commented(schema.dump(cfg), run.told)
         print("\n" + "".join(f"  {line}\n" for line in text.splitlines()))
     return 0
 
@@ -202,23 +150,23 @@ def _inspect(words: list[str]) -> int:
     from ftpipe.inspect import options
 
     chosen, others = options.parse(words)
-    (cfg,) = configurations(others)
-    options.check(chosen, cfg)
-    dataset, _, _ = _make(cfg, pipeline.plan(cfg, "prepare"), ["ftpipe", "inspect", *words])
+    (run,) = resolved(others)
+    options.check(chosen, run.cfg)
+    dataset, _, _ = _make(run, run.plan("prepare"), ["ftpipe", "inspect", *words])
     from ftpipe.inspect import show
 
-    show.show(cfg, dataset.path, chosen)
+    show.show(run.cfg, dataset.path, chosen)
     return 0
 
 
 def _run(words: list[str], upto: str | None) -> int:
-    cfgs = configurations(words)
-    plans = [pipeline.plan(cfg, upto) for cfg in cfgs]  # refuse early: all plans before any run
-    for at, (cfg, steps) in enumerate(zip(cfgs, plans, strict=True), start=1):
-        if len(cfgs) > 1:
-            print(f"== run {at} of {len(cfgs)}: {cfg.name}", flush=True)
-        made = _make(cfg, steps, ["ftpipe", upto or "run", *words])
-        print("\n".join(summary(cfg, *made)))
+    runs = resolved(words)
+    plans = [run.plan(upto) for run in runs]  # refuse early: all plans before any run
+    for at, (run, steps) in enumerate(zip(runs, plans, strict=True), start=1):
+        if len(runs) > 1:
+            print(f"== run {at} of {len(runs)}: {run.cfg.name}", flush=True)
+        made = _make(run, steps, ["ftpipe", upto or "run", *words])
+        print("\n".join(summary(run.cfg, *made)))
     return 0
 
 
@@ -226,9 +174,9 @@ def _submit(words: list[str]) -> int:
     from ftpipe.cluster import submit
 
     rest = [word for word in words if word != "--dry-run"]
-    cfgs = configurations(rest, elsewhere=True)
     points = [
-        submit.Point(cfg, pipeline.plan(cfg, elsewhere=True), pipeline.run_folder(cfg)) for cfg in cfgs
+        submit.Point(run.cfg, run.plan(elsewhere=True), pipeline.run_folder(run.cfg), run.told)
+        for run in resolved(rest, elsewhere=True)
     ]
     command = ["ftpipe", "submit", *rest]
     print("\n".join(submit.submit(points, command, dry=len(rest) < len(words))))
@@ -260,9 +208,21 @@ def _job(words: list[str]) -> int:
     return 0
 
 
-def _make(cfg: RunConfig, steps: list[Step], command: list[str]) -> tuple[artifacts.Artifact, Path, int]:
+def _lock(words: list[str]) -> int:
+    path, lock = to_lock(words)
+    record.write(path, lock, provenance.command(["ftpipe", "lock", *words]))
+    pinned = f"{len(lock.inputs)} inputs, {len(lock.files)} files, {len(lock.packages)} packages"
+    print(f"{path}: {pinned}; runs of recipe={lock.recipe} are held to it from now on.")
+    return 0
+
+
+def _make(
+    resolved: Resolved, steps: list[Step], command: list[str]
+) -> tuple[artifacts.Artifact, Path, int]:
     """Run or reuse each step; return the last artifact, the run's folder, and how many were built."""
+    cfg = resolved.cfg
     run = pipeline.write_run(cfg, schema.dump(cfg))
+    origins.write(run, resolved.told)
     made: dict[str, artifacts.Artifact] = {}  # by stage
     built = 0
     for step in steps:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ftpipe import schema
+from ftpipe import origins, schema
 from ftpipe.config import RunConfig
 from ftpipe.errors import ConfigError, nearest, unknown
+from ftpipe.origins import Layer, Origins
 
 HERE = Path(__file__).resolve().parent
 GROUPS = ("model", "adapter", "data", "evolve", "launch", "tracking")
@@ -51,6 +54,25 @@ Loader.yaml_implicit_resolvers = {
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 Loader.add_implicit_resolver(BOOL, re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A run as its words compose it.
+
+    Attributes:
+        recipe: its name, and ``file`` where it is.
+        layers: the files of ``conf/`` and the recipes, in the order in which they are merged.
+        groups: those that the words choose an option of.
+        told: where each value came from.
+    """
+
+    cfg: RunConfig
+    recipe: str
+    file: Path
+    layers: Sequence[Layer]
+    groups: frozenset[str]
+    told: Origins
 
 
 def shipped(name: str) -> Path:
@@ -79,7 +101,12 @@ def group_options(group: str) -> list[str]:
 
 
 def runs(words: Sequence[str], multirun: bool = False) -> list[RunConfig]:
-    """Return the configurations that the words of a command line ask for.
+    """Return the configurations alone of what ``composed`` returns."""
+    return [run.cfg for run in composed(words, multirun)]
+
+
+def composed(words: Sequence[str], multirun: bool = False) -> list[Composed]:
+    """Return the runs that the words of a command line ask for.
 
     Args:
         words: ``recipe=NAME`` and overrides in Hydra's grammar.
@@ -112,7 +139,7 @@ def _parse(words: Sequence[str]) -> list[Override]:
 def _check_key(override: Override) -> None:
     """Refuse a key that the schema lacks, also behind ``+``, ``++`` and ``~``."""
     key = override.key_or_group
-    if key == "recipe" or (key in GROUPS and not isinstance(override.value(), dict)):
+    if _is_choice(override):
         return
     if schema.field_type(key) is None:
         known = [*schema.all_keys(), "recipe", *GROUPS]
@@ -144,15 +171,18 @@ def _sweep(overrides: Sequence[Override], known: dict[str, Path], multirun: bool
     return [list(chosen) for chosen in itertools.product(*choices)]
 
 
-def _register(recipe: str, known: dict[str, Path]) -> None:
-    """Put a recipe, and those it extends, into Hydra's store. Others may be unfit without harm."""
+def _register(recipe: str, known: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    """Put a recipe, and those it extends, into Hydra's store; return what they state.
+
+    Others may be unfit without harm.
+    """
     store = ConfigStore.instance()
-    waiting, read = [recipe], set()
+    waiting: list[str] = [recipe]
+    read: dict[str, dict[str, Any]] = {}
     while waiting:
         name = waiting.pop()
         if name in read or name not in known:
             continue
-        read.add(name)
         file = known[name]
         try:
             node = yaml.load(file.read_text(encoding="utf-8"), Loader) or {}
@@ -174,13 +204,15 @@ def _register(recipe: str, known: dict[str, Path]) -> None:
                 f"recipe {file}: each of its defaults is a recipe or 'override /group: name'."
             )
         waiting += [entry for entry in defaults if isinstance(entry, str)]
+        read[name] = {key: value for key, value in node.items() if key != "defaults"}
         try:
             store.store(group="recipe", name=name, node=node, package="_global_", provider=str(file))
         except OmegaConfBaseException as error:
             raise ConfigError(f"recipe {file}: {str(error).splitlines()[0]}") from None
+    return read
 
 
-def _compose(lines: list[str], known: dict[str, Path]) -> RunConfig:
+def _compose(lines: list[str], known: dict[str, Path]) -> Composed:
     overrides = OverridesParser.create().parse_overrides(lines)
     chosen = {override.key_or_group: str(override.value()) for override in overrides}
     recipe = chosen.get("recipe")
@@ -191,13 +223,14 @@ def _compose(lines: list[str], known: dict[str, Path]) -> RunConfig:
     for group in GROUPS:
         if group in chosen and chosen[group] not in group_options(group):
             raise ConfigError(f"{group}: " + unknown(group, chosen[group], group_options(group)))
-    _register(recipe, known)
+    read = _register(recipe, known)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir=str(shipped("conf")), version_base="1.3"):
             named = [override for override in overrides if _is_named(override)]
             lines = [str(override.input_line) for override in overrides if override not in named]
             composed = hydra_compose(config_name="config", overrides=lines)
+            layers = _layers(lines, known, read)
         _apply(named, composed)
     except (OmegaConfBaseException, HydraException) as error:
         raise _explain(error, recipe) from None
@@ -206,9 +239,46 @@ def _compose(lines: list[str], known: dict[str, Path]) -> RunConfig:
     finally:
         GlobalHydra.instance().clear()
     cfg = schema.from_composed(composed)
+    told = origins.of_layers(layers)
+    for override in sorted(overrides, key=named.__contains__):
+        _tell(override, told)
     if "name" not in chosen and cfg.name == RunConfig.name:
         cfg.name = recipe
-    return cfg
+        told["name"] = f"recipe {recipe}"
+    groups = frozenset(override.key_or_group for override in overrides if _is_choice(override))
+    return Composed(cfg, recipe, known[recipe], layers, groups, origins.whole(told, cfg))
+
+
+def _layers(lines: list[str], known: dict[str, Path], read: dict[str, dict[str, Any]]) -> list[Layer]:
+    """Return what Hydra merges, in its order, without the schema and its own settings."""
+    loader = GlobalHydra.instance().config_loader()
+    layers = []
+    for default in loader.compute_defaults_list("config", lines, RunMode.RUN).defaults:
+        group, _, name = str(default.config_path).partition("/")
+        if group == "recipe":
+            layers.append(Layer(f"recipe {name}", known[name], read[name]))
+        elif group in GROUPS:
+            file = shipped("conf") / group / f"{name}.yaml"
+            stated = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+            layers.append(Layer(f"group {group}={name}", file, {group: stated}))
+    return layers
+
+
+def _tell(override: Override, told: Origins) -> None:
+    """Note what a word of the command line changed."""
+    key = override.key_or_group.replace("[", ".").replace("]", "")
+    if _is_choice(override):
+        return  # its layer says it
+    if override.is_delete() or schema.is_dict(key):  # as `_apply` has it
+        origins.forget(told, key)
+    if not override.is_delete():
+        origins.state(told, key, override.value(), origins.COMMAND)
+
+
+def _is_choice(override: Override) -> bool:
+    """Whether a word chooses a recipe or an option of a group, or none of it."""
+    key = override.key_or_group
+    return key == "recipe" or (key in GROUPS and not isinstance(override.value(), dict))
 
 
 def _explain(error: Exception, recipe: str) -> ConfigError:

@@ -131,19 +131,11 @@ def _wandb() -> Finding:
 
 
 def _lock() -> Finding:
-    """Compare the installed packages with the lock file of the checkout."""
-    lock = provenance.SOURCE / "requirements.lock"
-    if not lock.is_file():
+    """Compare the installed packages with the lock files of the checkout."""
+    if provenance.lock() is None:
         return False, "no requirements.lock beside this installation"
-    wanted = dict(
-        line.split(";")[0].rstrip(" \\").split("==")
-        for line in lock.read_text().splitlines()
-        if "==" in line and not line.startswith((" ", "#"))
-    )
-    have = provenance.packages()
     off = [
-        f"{name} {version} != {wanted[name].strip()}"
-        for name, version in have.items()
-        if name in wanted and version.split("+")[0] != wanted[name].strip().split("+")[0]
+        f"{name} {off['installed'] or 'is not installed'} != {off['locked']}"
+        for name, off in provenance.differs().items()
     ]
     return not off, "; ".join(off) if off else "installed versions are the locked ones"

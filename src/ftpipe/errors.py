@@ -5,6 +5,7 @@ UserError              exit code 2
 ├── DataError          a file or a row that cannot be used
 ├── ModelError         a model or tokenizer that cannot be used
 ├── HealthError        a training that went wrong and was ended, its state saved
+├── LockError          a locked recipe whose inputs, packages or files moved
 └── BusyError          another process is building the same artifact
 
 Anything else that escapes is our bug and shows its traceback.
@@ -33,6 +34,10 @@ class ModelError(UserError):
 
 class HealthError(UserError):
     """A training went wrong: it was ended with its state saved."""
+
+
+class LockError(UserError):
+    """A recipe is locked to other inputs, packages or files than are there now."""
 
 
 class BusyError(UserError):

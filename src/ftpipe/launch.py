@@ -15,7 +15,7 @@ from pathlib import Path
 from subprocess import Popen
 from typing import Any
 
-from ftpipe import artifacts, determinism, launch_settings, pipeline, provenance, stopping
+from ftpipe import artifacts, determinism, home, launch_settings, origins, pipeline, provenance, stopping
 from ftpipe.artifacts import Artifact
 from ftpipe.choices import Device, Precision, Strategy
 from ftpipe.cluster import ranks
@@ -24,10 +24,10 @@ from ftpipe.config import RunConfig
 from ftpipe.errors import ConfigError, DataError, UserError
 from ftpipe.orphans import end_with_parent
 from ftpipe.pipeline import Stage, Step
-from ftpipe.schema import plain
+from ftpipe.schema import recorded
 from ftpipe.stopping import Stopped
 
-RESULT = ".result.json"  # final metrics and peak memory, written by rank 0 when the stage is done
+RESULT = ".result.json"  # metrics, peak memory, environment: written by rank 0 when the stage is done
 DRIVER = "FTPIPE_DRIVER"  # environment variable of a rank: the process that waits for it
 ERROR = ".error.json"  # a user error's sentence, in place of RESULT
 STOPPED = ".stopped.json"  # where a stage was that stopped because it was asked to, in place of RESULT
@@ -131,6 +131,7 @@ def run_stage(
             "peak_memory_gib": round(result["peak_memory_kib"] / 2**20, 3),
             "world_size": ranks_of(cfg, step.stage),
             "seed": cfg.seed,
+            "environment": result.get("environment", {}),
         }
         if diff is not None:
             (partial / "uncommitted.diff").write_text(diff, encoding="utf-8")
@@ -141,7 +142,8 @@ def run_stage(
             "decided_by": step.facts,
             "inputs": {kind: artifact.path.name for kind, artifact in inputs.items()},
             "metrics": result["metrics"],
-            "config": plain(cfg),
+            "config": recorded(cfg),
+            "origins": origins.read(run),
             "provenance": record,
         }
         return artifacts.publish(partial, manifest, drop=RESULT), True
@@ -172,10 +174,10 @@ def _spawn(
     settings = run / f"{name}.accelerate.yaml"
     job = {
         "stage": name,
-        "run": str(run),
-        "inputs": {kind: str(artifact.path) for kind, artifact in inputs.items()},
-        "out": str(partial),
-        "settings": str(settings),
+        "run": home.short_path(str(run)),
+        "inputs": {kind: home.short_path(str(artifact.path)) for kind, artifact in inputs.items()},
+        "out": home.short_path(str(partial)),
+        "settings": home.short_path(str(settings)),
     }
     artifacts.write_atomic(run / f"{name}.job.json", json.dumps(job, indent=1) + "\n")
     processes = ranks_of(cfg, step.stage)
@@ -295,6 +297,7 @@ def environment(cfg: RunConfig, processes: int) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": 1,
         "ACCELERATE_MIXED_PRECISION": mixed(cfg.launch.precision),
+        home.HOME: home.folder() or "",
     }
     if not in_job:
         fixed[DRIVER] = os.getpid()

@@ -52,13 +52,14 @@ class Digests:
 
     def of(self, path: Path) -> str:
         stat = path.stat()
+        place = fingerprint({"path": str(path.resolve())})  # a file that names nobody's folders
         state = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
-        match self._known.get(str(path.resolve())):
+        match self._known.get(place):
             case [seen, str(known)] if seen == state:
                 return known
         value = digest(path)
         if time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > 2_000_000_000:
-            self._known[str(path.resolve())] = [state, value]
+            self._known[place] = [state, value]
         return value
 
     def save(self) -> None:
@@ -248,6 +249,19 @@ def tokenizer_pins(cfg: RunConfig, digests: Digests) -> dict[str, str]:
     # whatever lies there may decide: a vocabulary, a template, a configuration, code
     found = sorted(file for pattern in TEXT_FILES for file in path.rglob(pattern))
     return {f"tokenizer/{file.relative_to(path).as_posix()}": digests.of(file) for file in found}
+
+
+def hub_inputs(cfg: RunConfig) -> set[tuple[str, str, str]]:
+    """Return kind (model or dataset), id and commit of each input that a commit is given for."""
+    model, seeds = cfg.model, cfg.evolve.seeds
+    given = [
+        ("model", model.path, model.revision),
+        ("model", model.tokenizer, model.tokenizer_revision),
+        ("dataset", seeds.path, seeds.revision),
+        *(("dataset", source.path, source.revision) for source in cfg.data.sources.values()),
+        *(("dataset", asked.path, asked.revision) for asked in cfg.data.decontaminate.values()),
+    ]
+    return {(kind, id_, commit) for kind, id_, commit in given if id_ and commit}
 
 
 Pin = Callable[[RunConfig, Digests], Mapping[str, str]]

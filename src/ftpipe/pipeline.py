@@ -16,7 +16,7 @@ from ftpipe.config import RunConfig
 from ftpipe.data.uses import uses
 from ftpipe.errors import ConfigError, UserError, unknown
 from ftpipe.pins import PINS, Digests
-from ftpipe.schema import plain
+from ftpipe.schema import plain, recorded
 from ftpipe.training_config import REFERENCE_FREE
 
 
@@ -425,7 +425,7 @@ def run_folder(cfg: RunConfig) -> Path:
     Its name holds a digest of the resolved configuration, so that repeating a command comes back to the
     same run.
     """
-    return Path(cfg.output) / "runs" / f"{cfg.name}-{artifacts.fingerprint(plain(cfg))[:8]}"
+    return Path(cfg.output) / "runs" / f"{cfg.name}-{artifacts.fingerprint(recorded(cfg))[:8]}"
 
 
 def write_run(cfg: RunConfig, text: str) -> Path:

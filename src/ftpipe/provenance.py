@@ -10,12 +10,14 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ftpipe import home
 from ftpipe.artifacts import digest
 
+# What can change a result.
 PACKAGES = (
     "ftpipe",
     "torch",
@@ -34,30 +36,51 @@ PACKAGES = (
     "omegaconf",
     "wandb",
     "gguf",
+    "liger-kernel",
 )
 # Not model.tokenizer= nor sft.sample_tokens=.
-SECRET = re.compile(
-    r"(?i)((?<![a-z])(?:token|api_?key|key|secret|password|passwd)(?![a-z])[^=\s]*=)\S+"
-    r"|hf_[^\W_]{8,}"
-)
+NAMED = r"((?<![a-z])(?:token|api_?key|key|secret|password|passwd)(?![a-z])[^=\s]*=)"
+SECRET = re.compile(rf"(?i){NAMED}\S+|hf_[^\W_]{{8,}}")
+# The same in one word of a command, whose value may have spaces.
+SECRET_WORD = re.compile(rf"(?is){NAMED}.*")
 # In a diff, key=lambda is code, and losing it would make the diff useless: a value with a digit.
 SECRET_IN_CODE = re.compile(
     r"(?i)((?:token|key|secret|password|passwd)\w*[\"']?\s*[=:]\s*[\"']?)(?=[\w+/-]*\d)[\w+/-]{16,}"
     r"|hf_[^\W_]{30,}"
 )
-SOURCE = Path(__file__).resolve().parents[2]  # of the checkout, where ftpipe runs from one
+CODE = Path(__file__).resolve().parent
+SOURCE = CODE.parents[1]  # of the checkout, where ftpipe runs from one
+LOCK = "requirements.lock"  # what every machine has; requirements-cuda.lock is for some
+DIGITS = 16  # of a source file's SHA-256
 
 
-def collect(command: Sequence[str]) -> dict[str, Any]:
+def collect(typed: Sequence[str]) -> dict[str, Any]:
     """Return what can be known before a stage runs: code, packages, hardware, command."""
     return {
-        "command": redact(shlex.join(command)),
+        "command": command(typed),
         "git": git(),
-        "lock": {path.name: digest(path) for path in sorted(SOURCE.glob("requirements*.lock"))},
+        "source": source(),
+        "lock": lock(),
         "python": platform.python_version(),
-        "packages": packages(),
+        "packages": installed(),
         "hardware": hardware(),
     }
+
+
+def command(typed: Sequence[str]) -> str:
+    """Return a command as a shell takes it, without secrets and without the user's name."""
+    return home.short(redact(shlex.join(SECRET_WORD.sub(r"\1x", word) for word in typed)))
+
+
+def words(typed: Sequence[str]) -> list[str]:
+    """Return the words of a command to be kept until it is read once more, by ``home.long``."""
+    return [home.short(redact(SECRET_WORD.sub(r"\1x", word))) for word in typed]
+
+
+def source() -> dict[str, str]:
+    """Return the first digits of the SHA-256 of each file of ftpipe's code, by relative path."""
+    files = sorted(CODE.rglob("*.py"))
+    return {file.relative_to(CODE).as_posix(): digest(file)[:DIGITS] for file in files}
 
 
 def redact(text: str, secret: re.Pattern[str] = SECRET) -> str:
@@ -83,12 +106,74 @@ def uncommitted() -> str:
 
 def packages() -> dict[str, str]:
     """Return the versions of the packages that can change a result."""
+    return _versions(PACKAGES)
+
+
+def installed() -> dict[str, str]:
+    """Return the versions of those, and of all others of the lock files, as far as they are here."""
+    listed = {name for path in _locks() for name in _listed(path)}
+    return _versions(sorted(listed | set(PACKAGES)))
+
+
+def _versions(names: Iterable[str]) -> dict[str, str]:
     found = {}
-    for name in PACKAGES:
+    for name in names:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
+    return found
+
+
+def lock() -> dict[str, Any] | None:
+    """Return the digest of each lock file of the checkout, and under ``differs`` what is not as locked.
+
+    None where ftpipe was installed without one.
+    """
+    files = {path.name: digest(path) for path in _locks()}
+    return {**files, "differs": differs()} if files else None
+
+
+def differs() -> dict[str, dict[str, str | None]]:
+    """Return each package of another version than the lock files say: ``locked`` and ``installed``.
+
+    torch's ``+cpu`` is a build of the same version. Of packages that are not installed, those count
+    that every machine has and that can change a result.
+    """
+    found: dict[str, dict[str, str | None]] = {}
+    for path in _locks():
+        listed = _listed(path)
+        have = _versions(listed)
+        for name, (locked, condition) in listed.items():
+            if name in have:
+                off = public(have[name]) != public(locked)
+            else:
+                here = condition in ("", f"sys_platform == '{sys.platform}'")
+                off = path.name == LOCK and name in PACKAGES and here
+            if off:
+                found[name] = {"locked": locked, "installed": have.get(name)}
+    return found
+
+
+def public(version: str) -> str:
+    """Return a version without what says for which device it was built: ``2.13.0+cpu`` is ``2.13.0``."""
+    return version.partition("+")[0]
+
+
+def _locks() -> list[Path]:
+    return sorted(SOURCE.glob("requirements*.lock"))
+
+
+def _listed(path: Path) -> dict[str, tuple[str, str]]:
+    """Return the version that a lock file has of each package, and the condition; names normalised."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    pins = [line.rstrip(" \\") for line in lines if "==" in line and not line.startswith((" ", "#"))]
+    found = {}
+    for pin in pins:
+        wanted, _, condition = pin.partition(";")
+        name, _, version = wanted.partition("==")
+        # packaging.python.org: names that differ in case, and in which of - _ . they have, are the same
+        found[re.sub(r"[-_.]+", "-", name.strip()).lower()] = (version.strip(), condition.strip())
     return found
 
 

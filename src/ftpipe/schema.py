@@ -13,12 +13,13 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from ftpipe import home
 from ftpipe.config import RunConfig
 from ftpipe.errors import ConfigError, nearest
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a resolved ``run.yaml``.
+    """Read a resolved ``run.yaml``; paths that begin with ``~`` are those of the home here.
 
     Args:
         overrides: ``key=value``, in place of its values.
@@ -27,12 +28,19 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: for what does not fit the schema.
     """
     read = OmegaConf.load(path)
-    return from_composed(OmegaConf.merge(read, OmegaConf.from_dotlist(list(overrides))))
+    cfg = from_composed(OmegaConf.merge(read, OmegaConf.from_dotlist(list(overrides))))
+    home.expand(cfg)
+    return cfg
 
 
 def dump(cfg: RunConfig) -> str:
-    """Return the resolved configuration as YAML, keys in schema order."""
-    return OmegaConf.to_yaml(OmegaConf.structured(cfg))
+    """Return the resolved configuration as YAML, keys in schema order, the home written as ``~``."""
+    return OmegaConf.to_yaml(OmegaConf.structured(home.shortened(cfg)))
+
+
+def recorded(cfg: RunConfig) -> dict[str, Any]:
+    """Return what ``dump`` writes, as ``plain`` has it."""
+    return plain(home.shortened(cfg))
 
 
 def plain(cfg: RunConfig) -> dict[str, Any]:

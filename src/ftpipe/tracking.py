@@ -16,7 +16,7 @@ from ftpipe.artifacts import write_atomic
 from ftpipe.choices import WandbMode
 from ftpipe.config import RunConfig
 from ftpipe.logs import say
-from ftpipe.schema import plain
+from ftpipe.schema import recorded
 
 
 class Tracker:
@@ -107,7 +107,7 @@ def _start_wandb(cfg: RunConfig, stage: str, artifact: str) -> Any:
             job_type=stage,
             name=f"{cfg.name}-{artifact}",
             tags=list(cfg.tracking.tags) or None,
-            config=plain(cfg),
+            config=recorded(cfg),
             dir=str(folder),
             mode="online" if mode is WandbMode.online else "offline",
             # wandb would record the user, the host, the program's path and the console

@@ -16,7 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from ftpipe import determinism, schema, stopping
+from ftpipe import determinism, environment, home, schema, stopping
 from ftpipe.artifacts import open_artifact, write_atomic
 from ftpipe.choices import Device
 from ftpipe.cluster import ranks
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
     """Run one stage; a user error leaves its sentence for the driver."""
     if not ranks.by_srun():  # which ends its tasks itself
         die_with_parent()
-    job = json.loads(Path(argv[0]).read_text())
+    job = read_job(argv)
     cfg = schema.load(Path(job["run"]) / "run.yaml")
     out = Path(job["out"])
     quiet_libraries()
@@ -63,7 +63,8 @@ def main(argv: list[str]) -> int:
         return 1
     if first:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        write_atomic(out / RESULT, json.dumps({"metrics": metrics, "peak_memory_kib": peak}))
+        told = {"metrics": metrics, "peak_memory_kib": peak, "environment": environment.of_rank(cfg)}
+        write_atomic(out / RESULT, json.dumps(told))
     return 0
 
 
@@ -85,6 +86,16 @@ def run(job: dict[str, Any], cfg: RunConfig, out: Path) -> dict[str, float]:
     return metrics
 
 
+def read_job(argv: list[str]) -> dict[str, Any]:
+    """Return what the driver wrote for this stage, with the home in its paths."""
+    job: dict[str, Any] = json.loads(Path(argv[0]).read_text())
+    for key in ("run", "out", "settings"):
+        if key in job:
+            job[key] = home.full(job[key])
+    job["inputs"] = {kind: home.full(path) for kind, path in job["inputs"].items()}
+    return job
+
+
 def meet(cfg: RunConfig) -> None:
     """Join the other ranks, if there are any, for no longer a wait than the configuration has it.
 
@@ -99,7 +110,7 @@ def meet(cfg: RunConfig) -> None:
 
 def process(argv: list[str]) -> int:
     """Be a rank: know one's place, answer Slurm, keep one's words apart from those of the first."""
-    job = json.loads(Path(argv[0]).read_text())
+    job = read_job(argv)
     if ranks.by_srun():
         os.environ.update(ranks.place(os.environ))
         if "RANK" in os.environ:  # one that is alone was told all by its driver

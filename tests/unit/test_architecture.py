@@ -20,8 +20,9 @@ HEAVY = {
     "datasketch",
 }
 # The driver composes, plans and launches; the work below it knows nothing of that.
-DRIVER = {"cli", "compose", "doctor", "launch", "pipeline", "smoke", "worker"}
+DRIVER = {"cli", "compose", "doctor", "launch", "pipeline", "resolve", "smoke", "worker"}
 DRIVER |= {f"cluster.{name}" for name in ("job", "script", "status", "submit")}
+DRIVER |= {f"lock.{name}" for name in ("hold", "hub", "record")}
 LIGHT = (
     "cli",
     "pipeline",
@@ -42,6 +43,12 @@ LIGHT = (
     "schema",
     "smoke",
     "errors",
+    "home",
+    "origins",
+    "resolve",
+    "lock.record",
+    "lock.hub",
+    "lock.hold",
     "inspect.options",
     "worker",
 )

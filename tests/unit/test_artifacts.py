@@ -96,6 +96,8 @@ def test_nothing_but_the_artifact_and_its_lock_is_left(tmp_path: Path) -> None:
         f"{made.path.name}.lock",
     ]
     assert sorted(independent(made.path)) == sorted([*FILES, "manifest.json"])
+    # who built it, and on which machine, is said while it is built
+    assert made.path.with_name(f"{made.path.name}.lock").read_bytes() == b""
 
 
 def test_a_scratch_folder_is_no_artifact(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import psutil
 import pytest
 import yaml
 
-from ftpipe import artifacts, launch, pipeline, schema
+from ftpipe import artifacts, home, launch, origins, pipeline, schema
 from ftpipe.artifacts import Artifact
 from ftpipe.choices import Device, EvalFormat, Precision, Strategy
 from ftpipe.config import EvalSetConfig, RunConfig
@@ -215,7 +215,9 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     monkeypatch.setattr(launch, "launch_command", command)
 
 
-RESULT = {"metrics": {"loss": 0.5}, "peak_memory_kib": 2**19}  # half a GiB
+ENVIRONMENT = {"threads": 7}
+# half a GiB
+RESULT = {"metrics": {"loss": 0.5}, "peak_memory_kib": 2**19, "environment": ENVIRONMENT}
 DONE = f"(out / {launch.RESULT!r}).write_text(json.dumps({RESULT}))\n"
 
 
@@ -229,6 +231,7 @@ def test_a_finished_stage_is_an_artifact_with_its_provenance(
 ) -> None:
     stand_in(monkeypatch, "(out / 'weights').write_text('abc')\n" + DONE)
     step, run = first_step(cfg)
+    origins.write(run, {"seed": "recipe mine"})
     made, fresh = run_stage(cfg, step, {}, run, ["ftpipe", "run", "recipe=mine", "--token=abc"])
     assert fresh
     assert (made.kind, made.stage, made.fingerprint) == ("base_model", "model", step.fingerprint)
@@ -237,7 +240,9 @@ def test_a_finished_stage_is_an_artifact_with_its_provenance(
     assert manifest["decided_by"] == step.facts
     assert artifacts.fingerprint(manifest["decided_by"]) == made.fingerprint
     assert manifest["config"] == yaml.safe_load((run / "run.yaml").read_text(encoding="utf-8"))
+    assert manifest["origins"] == {"seed": "recipe mine"}
     provenance = manifest["provenance"]
+    assert provenance["environment"] == ENVIRONMENT
     assert provenance["command"] == "ftpipe run recipe=mine --token=<removed>"
     assert (provenance["world_size"], provenance["seed"]) == (1, cfg.seed)
     assert provenance["peak_memory_gib"] == 0.5
@@ -284,6 +289,28 @@ def test_only_what_trains_is_shared_out(
     made, _ = run_stage(cfg, step, {}, run, ["ftpipe"])
     assert asked == [strategy]
     assert made.manifest["config"]["launch"]["strategy"] == "zero2"  # as it was asked for
+
+
+def test_paths_below_the_home_are_not_in_the_job_and_the_rank_finds_them(
+    cfg: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cfg.output = str(tmp_path / "kept")
+    cfg.data.sources["mine"].path = str(tmp_path / "rows.json")
+    stand_in(monkeypatch, "out = pathlib.Path(os.environ['FTPIPE_HOME'] + job['out'][1:])\n" + DONE)
+    step, run = first_step(cfg)
+    made, _ = run_stage(cfg, step, {"dataset": made_before(tmp_path)}, run, ["ftpipe"])
+    text = (run / "model.job.json").read_text(encoding="utf-8")
+    assert str(tmp_path) not in text
+    job = json.loads(text)
+    assert home.full(job["run"]) == str(run)
+    assert home.full(job["inputs"]["dataset"]) == str(tmp_path / "before")
+    assert made.manifest["config"]["output"] == "~/kept"
+    assert str(tmp_path) not in (made.path / "manifest.json").read_text(encoding="utf-8")
+
+
+def made_before(folder: Path) -> Artifact:
+    return Artifact("dataset", "prepare", "0" * 16, folder / "before", {})
 
 
 def test_ranks_are_those_of_all_nodes(cfg: RunConfig) -> None:

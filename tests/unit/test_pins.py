@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from ftpipe import artifacts, pins
+from ftpipe.artifacts import fingerprint
 from ftpipe.choices import EvalFormat, Format, Init
 from ftpipe.config import EvalSetConfig, ModelConfig, RunConfig, SourceConfig
 from ftpipe.errors import ConfigError, DataError, ModelError
@@ -137,11 +138,12 @@ def test_a_damaged_memory_is_ignored_and_mended(damage: bytes, empty_folder: Pat
     file.write_text("one", encoding="utf-8")
     stat = file.stat()
     state = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
-    memory.write_bytes(damage.replace(b"PATH", str(file).encode()).replace(b"STATE", state.encode()))
+    place = fingerprint({"path": str(file)})  # the memory names no folder
+    memory.write_bytes(damage.replace(b"PATH", place.encode()).replace(b"STATE", state.encode()))
     digests = Digests(memory)
     assert digests.of(file) == sha256("one")
     digests.save()
-    assert json.loads(memory.read_text(encoding="utf-8")) == {str(file): [state, sha256("one")]}
+    assert json.loads(memory.read_text(encoding="utf-8")) == {place: [state, sha256("one")]}
 
 
 @pytest.mark.usefixtures("later")

@@ -6,12 +6,14 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 
 import psutil
 import pytest
 
-from ftpipe import provenance
+import ftpipe
+from ftpipe import home, provenance
 from ftpipe.provenance import redact
 
 
@@ -56,6 +58,11 @@ def test_packages_are_those_installed() -> None:
     for name in ("torch", "transformers", "trl", "peft", "hydra-core"):
         assert found[name] == importlib.metadata.version(name)
     assert set(found) <= set(provenance.PACKAGES)
+    everything = provenance.installed()
+    assert everything == everything | found
+    for name in ("huggingface-hub", "pyyaml", "regex", "jinja2"):  # of requirements.lock alone
+        assert everything[name] == importlib.metadata.version(name)
+    assert list(everything) == sorted(everything)
 
 
 def test_hardware_is_that_of_the_machine() -> None:
@@ -145,7 +152,8 @@ def test_without_a_checkout_nothing_is_said(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(provenance, "SOURCE", tmp_path)
     assert provenance.git() is None
     assert provenance.uncommitted() == ""
-    assert provenance.collect(["x"])["lock"] == {}
+    assert provenance.collect(["x"])["lock"] is None
+    assert set(provenance.installed()) == set(provenance.packages())
 
 
 def test_the_diff_gives_the_code_that_ran(checkout: Path, tmp_path: Path) -> None:
@@ -191,5 +199,103 @@ def test_lock_files_are_recorded_by_digest(checkout: Path) -> None:
     (checkout / "requirements.lock").write_bytes(b"abc")
     # FIPS 180-2, appendix B.1
     assert provenance.collect(["x"])["lock"] == {
-        "requirements.lock": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+        "requirements.lock": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
+        "differs": {},
     }
+
+
+def version(name: str) -> str:
+    return importlib.metadata.version(name)
+
+
+def locked(checkout: Path, *lines: str, file: str = "requirements.lock") -> None:
+    text = "".join(f"{line} \\\n    --hash=sha256:{'0' * 64}\n" for line in lines)
+    (checkout / file).write_text(f"# made by == a machine\n{text}", encoding="utf-8")
+
+
+def test_packages_as_locked_differ_in_nothing(checkout: Path) -> None:
+    torch = version("torch").partition("+")[0]
+    locked(checkout, f"trl=={version('trl')}", f"torch=={torch}", f"PyYAML=={version('pyyaml')}")
+    assert provenance.differs() == {}
+    locked(checkout, f"torch=={torch}+cpu ; sys_platform == 'linux'")
+    assert provenance.differs() == {}
+    assert provenance.installed()["torch"] == version("torch")  # with its build
+
+
+@pytest.mark.parametrize(
+    ("line", "locked_", "installed"),
+    [
+        ("trl==0.0.1", {"trl": "0.0.1"}, True),
+        ("PyYAML==1.0 ; python_version > '3'", {"pyyaml": "1.0"}, True),
+        ("typing_extensions==1.0", {"typing-extensions": "1.0"}, True),
+        ("torch==2.0.0", {"torch": "2.0.0"}, True),
+        # of those that are missing, what can change a result, on the machines that it is for
+        ("flash-attn==2.8", {}, False),
+        ("gguf==0.19.0", {"gguf": "0.19.0"}, False),
+        (f"gguf==0.19.0 ; sys_platform == '{sys.platform}'", {"gguf": "0.19.0"}, False),
+        ("gguf==0.19.0 ; sys_platform == 'elsewhere'", {}, False),
+    ],
+)
+def test_a_package_that_is_not_as_locked_is_recorded(
+    line: str, locked_: dict[str, str], installed: bool, checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = importlib.metadata.version
+
+    def of(name: str) -> str:
+        if name == "gguf":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", of)
+    locked(checkout, line)
+    here = {
+        name: {"locked": v, "installed": real(name) if installed else None}
+        for name, v in locked_.items()
+    }
+    assert provenance.differs() == here
+    lock = provenance.collect(["x"])["lock"]
+    assert lock is not None and lock["differs"] == here
+
+
+def test_what_only_a_gpu_needs_may_be_missing_but_not_other(checkout: Path) -> None:
+    locked(checkout, "no-such-thing==1", "trl==0.0.1", file="requirements-cuda.lock")
+    assert set(provenance.differs()) == {"trl"}
+
+
+def test_the_code_is_recorded_file_by_file(checkout: Path) -> None:
+    # no git is needed, as in a wheel
+    found = provenance.collect(["x"])["source"]
+    package = Path(ftpipe.__file__).parent
+    done = subprocess.run(
+        ["sha256sum", "cli.py", "stages/sft.py"], cwd=package, capture_output=True, text=True, check=True
+    )
+    for line in done.stdout.splitlines():
+        digest, name = line.split()
+        assert digest.startswith(found[name]) and len(found[name]) == 16
+    files = {path.relative_to(package).as_posix() for path in package.rglob("*.py")}
+    assert set(found) == files and "__init__.py" in files
+
+
+def test_a_file_of_the_code_that_changes_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").mkdir()
+    for name in ("a/one.py", "two.py", "data.json"):
+        (tmp_path / name).write_text(name, encoding="utf-8")
+    monkeypatch.setattr(provenance, "CODE", tmp_path)
+    before = provenance.source()
+    assert list(before) == ["a/one.py", "two.py"]
+    (tmp_path / "a/one.py").write_text("x", encoding="utf-8")
+    after = provenance.source()
+    assert {name for name in after if after[name] != before[name]} == {"a/one.py"}
+
+
+def test_a_command_names_no_home_and_no_secret_of_several_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    typed = ["ftpipe", "sft", "output=/home/ada/x", "tracking.tags=['password=one two']"]
+    said = provenance.command(typed)
+    assert said.startswith("ftpipe sft output=~/x ")
+    assert "one" not in said and "two" not in said
+    kept = provenance.words(typed)
+    assert kept[2] == "output=~/x" and "two" not in kept[3]
+    assert provenance.command([home.long(word) for word in kept]) == said

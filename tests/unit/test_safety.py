@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import json
+import os
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,6 +51,84 @@ def test_a_run_leaves_no_secret_on_disk(
             assert secret.encode() not in path.read_bytes(), f"{path} holds a secret"
     pickles = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
     assert not [path for path in files if path.suffix in pickles]
+
+
+NAME, HOST = "ada-lovelace-planted", "planted-host-of-ada"
+
+
+@pytest.fixture
+def home_of_ada(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stand in a folder of a user who has a name, a host, rows of her own, tokens and a tokenizer."""
+    home = tmp_path / "home" / NAME
+    (home / "project").mkdir(parents=True)
+    monkeypatch.chdir(home / "project")
+    for name in ("HOME", "USER", "LOGNAME"):
+        monkeypatch.setenv(name, str(home) if name == "HOME" else NAME)
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    system, *known = os.uname()
+    named = os.uname_result((system, HOST, *known[1:]))
+    monkeypatch.setattr(os, "uname", lambda: named)
+    monkeypatch.setattr(socket, "gethostname", lambda: HOST)
+    rows = [{"instruction": f"Say {number}.", "output": f"It is {number}."} for number in range(9)]
+    (home / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    (home / "asked.txt").write_text("What is the capital of France?\n", encoding="utf-8")
+    return home
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("output", ["outputs", "'~/kept'", "HOME/kept"])
+def test_nothing_that_a_run_leaves_names_its_user_or_machine(
+    output: str, home_of_ada: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What a run leaves is to be given away: artifacts, the run's folder, a lock."""
+    words = [
+        "recipe=tiny",
+        # a shell expands ~ before ftpipe sees it
+        f"output={output.replace('HOME', str(home_of_ada))}",
+        "data=own",
+        "data.sources.mine={format: alpaca, path: '~/rows.json'}",
+        f"data.decontaminate.asked={{format: text, path: {home_of_ada}/asked.txt}}",
+        "data.validation=2",
+        f"tracking.tags=['password={FLAG} and more']",
+    ]
+    assert cli.main(["prepare", *words[:-1]]) == 0
+    refused = [*words, f"--password={FLAG}"]
+    assert cli.main(["prepare", *refused]) == 2
+    root = home_of_ada / "project" / "outputs" if output == "outputs" else home_of_ada / "kept"
+    files = [path for path in root.rglob("*") if path.is_file()]
+    names = {path.name for path in files}
+    # else nothing was looked at
+    assert {"manifest.json", "run.yaml", "origins.json", "prepare.job.json", "train.arrow"} <= names
+    assert {path.suffix for path in files} >= {".lock", ".json", ".yaml", ".arrow", ".safetensors"}
+    unsaid = {
+        "the user": NAME,
+        "the home": str(home_of_ada),
+        "the working directory": str(Path.cwd()),
+        "the folder of temporary files": str(home_of_ada.parents[1]),
+        "the host": HOST,
+        "the interpreter": sys.prefix,
+        "the source": str(ROOT.parents[1]),
+        "a password": FLAG,
+        **SECRETS,
+    }
+    for path in files:
+        for what, text in unsaid.items():
+            assert text.encode() not in path.read_bytes(), f"{path} holds {what}"
+    # and what is recorded is read back: the same command has nothing to do
+    capfd.readouterr()
+    assert cli.main(["prepare", *words[:-1]]) == 0
+    assert "everything was made already" in capfd.readouterr().out
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_secret_among_the_words_is_not_in_the_command(home_of_ada: Path) -> None:
+    words = ["model", "recipe=tiny", f"launch.slurm.extra=['--comment=password={FLAG} more']"]
+    assert cli.main(words) == 0
+    (manifest,) = Path("outputs/artifacts").glob("model-*/manifest.json")
+    command = json.loads(manifest.read_text(encoding="utf-8"))["provenance"]["command"]
+    assert command.startswith("ftpipe model recipe=tiny ")
+    assert FLAG not in command and "more" not in command
 
 
 # --- the source ---

@@ -39,6 +39,7 @@ def test_a_rank_runs_the_stage_of_its_job(job: Path) -> None:
     # three rows, of which one is held out
     assert (result["metrics"]["train_rows"], result["metrics"]["validation_rows"]) == (2, 1)
     assert result["peak_memory_kib"] > 1024
+    assert result["environment"]["device"] == "cpu"
     assert (Path("out") / "demonstrations/train.arrow").is_file()
     assert not (Path("out") / launch.ERROR).exists()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from time import monotonic, sleep
 
-from ftpipe import artifacts, pipeline, schema
+from ftpipe import artifacts, home, pipeline, schema
 from ftpipe.artifacts import Artifact
 from ftpipe.cluster.record import Record
 from ftpipe.errors import BusyError, UserError
@@ -45,7 +45,7 @@ def run(folder: Path, stage: str) -> tuple[Artifact, bool]:
             )
         inputs[kind] = made
     print(f"{stage}: {step.stage.does}", flush=True)
-    command = Record.read(folder).command
+    command = [home.long(word) for word in Record.read(folder).command]
     since = monotonic()
     waits = False
     while True:

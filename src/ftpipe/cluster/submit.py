@@ -6,11 +6,11 @@ stages that differ are the tasks of an array.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ftpipe import pipeline, schema
+from ftpipe import origins, pipeline, provenance, schema
 from ftpipe.choices import WandbMode
 from ftpipe.cluster import controller, record, script
 from ftpipe.cluster.record import Job, Record
@@ -26,6 +26,7 @@ class Point:
     cfg: RunConfig
     steps: Sequence[Step]
     run: Path
+    told: Mapping[str, str] = field(default_factory=dict)  # where each value came from
 
 
 @dataclass(eq=False)
@@ -165,9 +166,12 @@ def submit(points: Sequence[Point], command: Sequence[str], dry: bool) -> list[s
     for point in points:
         written = pipeline.write_run(point.cfg, schema.dump(point.cfg))
         assert written == point.run
+        origins.write(point.run, point.told)
         (point.run / "logs").mkdir(exist_ok=True)
         pipeline.record(point.run, point.steps)
-        Record(list(command), Record.read(point.run).jobs).write(point.run)  # before a job reads it
+        Record(provenance.words(command), Record.read(point.run).jobs).write(
+            point.run
+        )  # before a job reads it
     _send(batches, sync, points)
     return [line for point in points for line in _recorded(point, batches, alive)]
 

@@ -1,0 +1,1 @@
+"""A recipe pinned to what it was made of."""
