@@ -93,6 +93,16 @@ def other_python(patched: pytest.MonkeyPatch, run: Path) -> None:
     patched.setattr("ftpipe.provenance.platform.python_version", lambda: "3.99.0")
 
 
+def more_threads(patched: pytest.MonkeyPatch, run: Path) -> None:
+    text = (run / "run.yaml").read_text()
+    assert "\n  threads: 1\n" in text
+    (run / "run.yaml").write_text(text.replace("\n  threads: 1\n", "\n  threads: 2\n"))
+
+
+def more_ranks(patched: pytest.MonkeyPatch, run: Path) -> None:
+    manifest("sft", lambda read: read["provenance"].update(world_size=2))
+
+
 def other_source(patched: pytest.MonkeyPatch, run: Path) -> None:
     known = provenance.source()
     patched.setattr(provenance, "source", lambda: known | {"stages/sft.py": "0" * 16})
@@ -161,6 +171,8 @@ def flipped_weight(patched: pytest.MonkeyPatch, run: Path) -> None:
 FAULTS = [
     (other_package, "environment", "peft 0.1.0 is recorded, "),
     (other_python, "environment", "3.99.0 here"),
+    (more_threads, "environment", "threads 1 is recorded, 2 here"),
+    (more_ranks, "environment", "ranks 2 is recorded, 1 here"),
     (other_source, "code", "stages/sft.py is other"),
     (other_seed, "config", "seed=0 is recorded, 1 here"),
     (other_byte, "data", "data/0/rows: sha256 "),

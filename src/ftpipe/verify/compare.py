@@ -13,7 +13,7 @@ from ftpipe.artifacts import Artifact
 from ftpipe.combinations import TRAIN
 from ftpipe.config import RunConfig
 from ftpipe.errors import ConfigError, UserError, unknown
-from ftpipe.launch import StageFailed, ranks_of
+from ftpipe.launch import StageFailed, environment, ranks_of
 from ftpipe.pipeline import STAGES, Step
 from ftpipe.trace import INITIAL, TRACE
 from ftpipe.verify import files, rebuild, record, traces
@@ -122,15 +122,15 @@ class Verification:
         """Compare what needs nothing to be made."""
         look, made = self.report.look, self.run.made
         now = provenance.collect([])
-        damage, environment, code = [], [], []
+        damage, around, code = [], [], []
         for stage, artifact in made.items():
             damage += files.damage(artifact)
             here = {**now, **self._ranks(stage)}
-            environment += record.environment(artifact.manifest["provenance"], here, stage)
+            around += record.environment(artifact.manifest["provenance"], here, stage)
             code += record.code(artifact, now)
         count = sum(len(artifact.manifest["files"]) for artifact in made.values())
         look(Layer.record, "", f"{len(made)} artifacts, {count:,} files", _once(damage))
-        look(Layer.environment, "", _of_environment(now), _once(environment))
+        look(Layer.environment, "", _of_environment(now), _once(around))
         look(Layer.code, "", _of_code(now), _once(code))
         decided = [
             finding
@@ -144,7 +144,10 @@ class Verification:
             look(layer, "", what, found)
 
     def _ranks(self, stage: str) -> dict[str, Any]:
-        return {"world_size": ranks_of(self.run.cfg, STAGES[stage])}
+        """Return how many ranks and threads would make a stage here."""
+        ranks = ranks_of(self.run.cfg, STAGES[stage])
+        threads = int(environment(self.run.cfg, ranks)["OMP_NUM_THREADS"])
+        return {"world_size": ranks, "environment": {"blas_threads": threads}}
 
     def _most(self, artifact: Artifact) -> int | None:
         if artifact.stage not in TRAIN or self.full:

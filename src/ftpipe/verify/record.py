@@ -10,7 +10,7 @@ from ftpipe.pipeline import STAGES, Step
 from ftpipe.verify.findings import Finding, Layer
 
 HARDWARE = ("platform", "cpu", "gpus")  # by which results may differ in their last bits
-RANKS = ("world_size", "strategy", "threads")
+RANKS, THREADS = "ranks", "threads"  # likewise
 
 
 def environment(recorded: Mapping[str, Any], now: Mapping[str, Any], stage: str) -> list[Finding]:
@@ -30,15 +30,17 @@ def environment(recorded: Mapping[str, Any], now: Mapping[str, Any], stage: str)
         a, b = recorded["hardware"].get(name), now["hardware"].get(name)
         if a != b:
             found.append(unlike(name, a, b))
-    for name in RANKS:
-        if name in recorded and name in now and recorded[name] != now[name]:
-            found.append(unlike(name.replace("_", " "), recorded[name], now[name]))
+    if recorded["world_size"] != now["world_size"]:
+        found.append(unlike(RANKS, recorded["world_size"], now["world_size"]))
+    threads = [which.get("environment", {}).get("blas_threads") for which in (recorded, now)]
+    if None not in threads and threads[0] != threads[1]:
+        found.append(unlike(THREADS, *threads))
     return found
 
 
 def other_hardware(findings: list[Finding]) -> bool:
     """Say whether numbers may differ in their last bits for what was found of the environment."""
-    words = (*HARDWARE, *(name.replace("_", " ") for name in RANKS))
+    words = (*HARDWARE, RANKS, THREADS)
     return any(one.layer is Layer.environment and one.says.startswith(words) for one in findings)
 
 
