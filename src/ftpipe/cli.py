@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ftpipe import __version__, artifacts, origins, pipeline, provenance, schema
+from ftpipe import __version__, artifacts, origins, pipeline, provenance, schema, seeds
 from ftpipe.config import RunConfig
 from ftpipe.errors import ConfigError, UserError, unknown
 from ftpipe.launch import StageFailed, run_stage
@@ -150,24 +150,38 @@ def _inspect(words: list[str]) -> int:
     from ftpipe.inspect import options
 
     chosen, others = options.parse(words)
-    (run,) = resolved(others)
+    run, *more = resolved(others)
+    if more:
+        raise ConfigError("inspect shows one dataset; leave seeds= and -m out.")
     options.check(chosen, run.cfg)
-    dataset, _, _ = _make(run, run.plan("prepare"), ["ftpipe", "inspect", *words])
+    made, _, _ = _make(run, run.plan("prepare"), ["ftpipe", "inspect", *words])
     from ftpipe.inspect import show
 
-    show.show(run.cfg, dataset.path, chosen)
+    show.show(run.cfg, made["prepare"].path, chosen)
     return 0
 
 
 def _run(words: list[str], upto: str | None) -> int:
     runs = resolved(words)
     plans = [run.plan(upto) for run in runs]  # refuse early: all plans before any run
+    family: list[tuple[Path, dict[str, artifacts.Artifact]]] = []
     for at, (run, steps) in enumerate(zip(runs, plans, strict=True), start=1):
         if len(runs) > 1:
             print(f"== run {at} of {len(runs)}: {run.cfg.name}", flush=True)
-        made = _make(run, steps, ["ftpipe", upto or "run", *words])
-        print("\n".join(summary(run.cfg, *made)))
+        made, folder, built = _make(run, steps, ["ftpipe", upto or "run", *words])
+        print("\n".join(summary(run.cfg, list(made.values())[-1], folder, built)))
+        family += [(folder, made)]
+        if run.family is not None and len(family) == run.family.seeds:
+            print("\n".join(["", *_spread(run.family, family)]))
+            family = []
     return 0
+
+
+def _spread(cfg: RunConfig, runs: list[tuple[Path, dict[str, artifacts.Artifact]]]) -> list[str]:
+    """Write and return what several seeds gave."""
+    values = seeds.spread([made for _, made in runs])
+    path = seeds.write(cfg, [folder for folder, _ in runs], values)
+    return [*seeds.table([one.seed for one in seeds.each(cfg)], values), f"  written: {path}"]
 
 
 def _submit(words: list[str]) -> int:
@@ -218,8 +232,8 @@ def _lock(words: list[str]) -> int:
 
 def _make(
     resolved: Resolved, steps: list[Step], command: list[str]
-) -> tuple[artifacts.Artifact, Path, int]:
-    """Run or reuse each step; return the last artifact, the run's folder, and how many were built."""
+) -> tuple[dict[str, artifacts.Artifact], Path, int]:
+    """Run or reuse each step; return artifacts by stage, the run's folder, and how many were built."""
     cfg = resolved.cfg
     run = pipeline.write_run(cfg, schema.dump(cfg))
     origins.write(run, resolved.told)
@@ -236,7 +250,7 @@ def _make(
             print(f"{step.stage.name}: nothing to do, made already: {artifact.path}", flush=True)
         made[step.stage.name] = artifact
     pipeline.record(run, steps)
-    return made[steps[-1].stage.name], run, built
+    return made, run, built
 
 
 if __name__ == "__main__":

@@ -374,6 +374,7 @@ class RunConfig:
     name: str = "run"  # shown in logs and trackers; the recipe's name
     stages: list[str] = field(default_factory=lambda: ["prepare", "sft"])  # in order
     seed: int = 0  # of every random number
+    seeds: int = 1  # runs with so many seeds from there on, reported as one: mean and deviation
     determinism: Determinism = Determinism.seeded  # off: kernels by trial; seeded: the same each time;
     # strict: deterministic ones alone, or none (determinism.py)
     output: str = "outputs"  # folder that holds artifacts and runs
@@ -398,6 +399,10 @@ class RunConfig:
         plain_name = re.fullmatch(r"[\w+-][\w.+-]*", self.name) is not None  # of a folder
         require(plain_name, "name", repr(self.name), "letters, digits, and . _ + -")
         require(0 <= self.seed < 2**32, "seed", self.seed, "in [0, 2^32)")
+        most = 2**32 - self.seed
+        require(
+            1 <= self.seeds <= min(1000, most), "seeds", self.seeds, "from 1 to 1000, below 2^32 - seed"
+        )
         training = (self.sft, self.reward, self.dpo, self.ppo)
         others = (self.model, self.adapter, self.data, self.evolve, self.launch, self.tracking)
         for part in (*others, *training):

@@ -21,6 +21,7 @@ from ftpipe.schema import plain
 
 FILE = "origins.json"
 DEFAULT, COMMAND, LOCK, SMOKE, MACHINE = "default", "command line", "lock", "smoke", "this machine"
+SEEDS = "seeds"  # which asks for several runs
 DEVICE = "launch.device"  # which a job has to name; what is left to it follows
 COLUMN = 44  # at most, where ``commented`` begins; a longer line has its comment right behind it
 

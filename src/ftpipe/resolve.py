@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ftpipe import home, origins, pipeline
+from ftpipe import home, origins, pipeline, seeds
 from ftpipe.config import RunConfig
 from ftpipe.errors import ConfigError, unknown
 from ftpipe.launch import resolve_device
@@ -27,6 +27,7 @@ class Resolved:
         layers: the files that it is composed of.
         groups: those that the words choose an option of.
         lock: what the recipe is pinned to, if it is.
+        family: the configuration with several seeds that this one is of, if it is.
     """
 
     cfg: RunConfig
@@ -36,6 +37,7 @@ class Resolved:
     layers: Sequence[Layer]
     groups: frozenset[str]
     lock: Lock | None
+    family: RunConfig | None = None
 
     def plan(self, upto: str | None = None, elsewhere: bool = False) -> list[Step]:
         """Return the steps of the run, and say what of its lock the words lift.
@@ -86,7 +88,10 @@ def resolved(words: Sequence[str], elsewhere: bool = False) -> list[Resolved]:
         # a job's precision follows from the device that it has to name
         filled = origins.DEVICE if elsewhere else origins.MACHINE
         told = origins.changed(told, before, cfg, filled)
-        runs.append(Resolved(cfg, told, run.recipe, run.file, run.layers, run.groups, locked))
+        of = cfg if cfg.seeds > 1 else None
+        for one in seeds.each(cfg):
+            by_seed = origins.changed(told, cfg, one, origins.SEEDS)
+            runs.append(Resolved(one, by_seed, run.recipe, run.file, run.layers, run.groups, locked, of))
     return runs
 
 
