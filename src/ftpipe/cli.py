@@ -14,6 +14,7 @@ from ftpipe.launch import StageFailed, run_stage
 from ftpipe.lock import record
 from ftpipe.pipeline import STAGES, Step
 from ftpipe.resolve import Resolved, recipe_list, resolved, to_lock
+from ftpipe.room import is_full
 from ftpipe.stopping import AGAIN, Stopped
 from ftpipe.summary import summary
 
@@ -71,6 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if not is_full(error, Path.cwd()):
+            raise
+        print("ftpipe: no room is left; make some, and the same command goes on", file=sys.stderr)
+        return 1
 
 
 def _main(words: list[str]) -> int:

@@ -67,7 +67,7 @@ def begin(cfg: RunConfig, seed: int | None = None) -> None:
     torch.backends.cudnn.benchmark = cfg.determinism is Determinism.off
 
 
-def refusal(error: RuntimeError) -> str | None:
+def refusal(error: Exception) -> str | None:
     """Return the sentence for an operation that strict cannot have, or None for another error."""
     said = str(error)
     if NO_KERNEL not in said:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
 import json
 import os
@@ -25,6 +24,7 @@ from ftpipe.errors import UserError
 from ftpipe.launch import ERROR, RESULT, STOPPED, WORDS, die_with_parent
 from ftpipe.logs import quiet_libraries
 from ftpipe.pipeline import STAGES
+from ftpipe.room import NoRoom, is_full
 from ftpipe.stopping import Stopped
 
 
@@ -41,6 +41,21 @@ def main(argv: list[str]) -> int:
 
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # weights are loaded where it points
     meet(cfg)
+    try:
+        return attempt(job, cfg, out)
+    except (NoRoom, OSError) as error:
+        if not (isinstance(error, NoRoom) or is_full(error, out)):
+            raise
+        print(NoRoom(out))
+        return 1
+
+
+def attempt(job: dict[str, Any], cfg: RunConfig, out: Path) -> int:
+    """Run the stage and leave for the driver what came of it; return the exit code.
+
+    Raises:
+        NoRoom: if the disk is full.
+    """
     first = os.environ.get("RANK", "0") == "0"
     try:
         metrics = run(job, cfg, out)
@@ -56,11 +71,6 @@ def main(argv: list[str]) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        print(f"no room is left where {out} lies; make some, or choose another folder with output=PATH")
-        return 1
     if first:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         told = {"metrics": metrics, "peak_memory_kib": peak, "environment": environment.of_rank(cfg)}
@@ -73,16 +83,22 @@ def run(job: dict[str, Any], cfg: RunConfig, out: Path) -> dict[str, float]:
 
     Raises:
         UserError: if it refuses its input, or has no deterministic kernel where it must.
+        Stopped: if it was asked to stop.
+        NoRoom: if the disk is full.
     """
     stage = importlib.import_module(f"ftpipe.stages.{job['stage']}")
     inputs = {kind: open_artifact(Path(path)) for kind, path in job["inputs"].items()}
     try:
         metrics: dict[str, float] = stage.run(cfg, inputs, out)
-    except RuntimeError as error:
+    except (UserError, Stopped):
+        raise
+    except Exception as error:
+        if is_full(error, out):
+            raise NoRoom(out) from None
         refused = determinism.refusal(error)
-        if refused is None:
-            raise
-        raise UserError(refused) from None
+        if refused is not None:
+            raise UserError(refused) from None
+        raise
     return metrics
 
 
