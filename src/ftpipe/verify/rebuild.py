@@ -38,7 +38,7 @@ def again(
     here = replace(cfg, output=str(scratch))
     run = pipeline.write_run(here, schema.dump(here))
     place = scratch / "artifacts" / step.place.name
-    with _printing_to(scratch / LOG), _limited(steps):
+    with printing_to(scratch / LOG), _limited(steps):
         try:
             return run_stage(here, step, inputs, run, ["ftpipe", "verify"])[0].path
         except Stopped:
@@ -58,7 +58,7 @@ def _limited(steps: int | None) -> Iterator[None]:
 
 
 @contextmanager
-def _printing_to(log: Path) -> Iterator[None]:
+def printing_to(log: Path) -> Iterator[None]:
     """Let this process and those it starts print into a file."""
     sys.stdout.flush()
     kept = os.dup(1)

@@ -1,4 +1,4 @@
-"""The words of ``ftpipe verify``: which run, how much of it, and what this machine asks for."""
+"""The words of ``ftpipe verify``: which run or recipe, how much of it, what this machine asks for."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ import json
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ftpipe import schema
 from ftpipe.errors import ConfigError, UserError, unknown
+from ftpipe.resolve import resolved
+from ftpipe.runs.unpack import unpack
+from ftpipe.verify import reference
 from ftpipe.verify.compare import Recorded, Verification
+from ftpipe.verify.findings import Report
 
-FLAGS, VALUES = ("--full", "--json"), ("--steps", "--stage", "--scratch")
+FLAGS, VALUES = ("--full", "--json", "--write"), ("--steps", "--stage", "--scratch")
+RECIPE = "recipe="
 OWN = ("launch.", "tracking.")  # what a machine may ask for, without it being another run
 
 
@@ -23,12 +28,17 @@ class Asked:
     """What the words say.
 
     Attributes:
+        run: a run's folder, or an archive of one; None: the recipe is made, and compared with what it
+            ships.
+        write: ship what the recipe does here.
         steps: of each training; None: those on record from its beginning.
         scratch: where stages are made again and stay; None: a folder that is removed.
         overrides: ``launch.processes=1`` and the like.
     """
 
-    run: Path
+    run: Path | None
+    recipe: str
+    write: bool
     steps: int | None
     stages: tuple[str, ...]
     scratch: Path | None
@@ -44,10 +54,15 @@ def parse(words: Sequence[str]) -> Asked:
         ConfigError: for an unknown option, a value that cannot be, or no run.
     """
     plain, values = _options(words)
-    overrides = [_checked(word) for word in plain if "=" in word]
+    recipes = [word.removeprefix(RECIPE) for word in plain if word.startswith(RECIPE)]
+    overrides = [_checked(word) for word in plain if "=" in word and not word.startswith(RECIPE)]
     runs = [word for word in plain if "=" not in word]
-    if len(runs) != 1:
-        raise ConfigError(f"verify takes one run, but got {len(runs)}; give the folder of a run.")
+    if len(runs) + len(recipes) != 1:
+        raise ConfigError(
+            f"verify takes one run or recipe, but got {len(runs) + len(recipes)}; give the folder of a "
+            "run, an archive of one, or recipe=NAME."
+        )
+    _check_recipe(recipes, values)
     full, steps = "--full" in values, values["--steps"][-1:]
     for given in steps:
         if not (given.isdecimal() and int(given) >= 1):
@@ -58,7 +73,9 @@ def parse(words: Sequence[str]) -> Asked:
     if scratch is not None and scratch.is_dir() and any(scratch.iterdir()):
         raise ConfigError(f"--scratch={scratch} is not empty; give a folder of its own.")
     return Asked(
-        run=Path(runs[0]),
+        run=Path(runs[0]) if runs else None,
+        recipe=recipes[0] if recipes else "",
+        write="--write" in values,
         steps=int(steps[0]) if steps else None,
         stages=tuple(values["--stage"]),
         scratch=scratch,
@@ -66,6 +83,15 @@ def parse(words: Sequence[str]) -> Asked:
         as_json="--json" in values,
         overrides=tuple(overrides),
     )
+
+
+def _check_recipe(recipes: Sequence[str], values: Mapping[str, Sequence[str]]) -> None:
+    """Refuse options that only a run has, or only a recipe."""
+    if not recipes and "--write" in values:
+        raise ConfigError("--write ships the trace of a recipe; give recipe=NAME with it.")
+    for name in ("--full", "--steps", "--stage"):
+        if recipes and values.get(name):
+            raise ConfigError(f"{name} is for a run; a recipe is made as a whole.")
 
 
 def _options(words: Sequence[str]) -> tuple[list[str], defaultdict[str, list[str]]]:
@@ -98,26 +124,53 @@ def _checked(word: str) -> str:
 
 
 def main(words: Sequence[str]) -> int:
-    """Verify a run; print the report and return 0 where all is equal, 1 where something differs.
+    """Verify a run or a recipe; print the report, return 0 where all is equal, 1 where something differs.
 
     Raises:
         UserError: if there is no such run, or its record is damaged.
+        StageFailed: if a recipe cannot be made here.
     """
     asked = parse(words)
-    if not (asked.run / "run.yaml").is_file():
-        raise UserError(f"{asked.run} holds no run.yaml; give the folder of a run.")
-    cfg = schema.load(asked.run / "run.yaml", asked.overrides)
-    cfg.check()
-    run = Recorded.of(asked.run, cfg)
     with tempfile.TemporaryDirectory(prefix="ftpipe-verify-") as folder:
         scratch = asked.scratch or Path(folder)
         scratch.mkdir(parents=True, exist_ok=True)
-        verification = Verification(run, scratch, asked.steps, asked.full, asked.stages)
-        for doing in verification:
-            print(f"verify: {doing}", file=sys.stderr, flush=True)
-    report = verification.report
+        report = _run(asked, scratch) if asked.run else _recipe(asked, scratch)
+    if report is None:
+        return 0
     if asked.as_json:
         print(json.dumps(report.as_json(), indent=1))
     else:
-        print("\n".join([f"{asked.run}:", *report.lines()]))
+        print("\n".join([f"{asked.run or RECIPE + asked.recipe}:", *report.lines()]))
     return 0 if report.equal else 1
+
+
+def _run(asked: Asked, scratch: Path) -> Report:
+    assert asked.run is not None
+    folder = unpack(asked.run, scratch / "archive") if asked.run.is_file() else asked.run
+    if not (folder / "run.yaml").is_file():
+        raise UserError(f"{folder} holds no run.yaml; give the folder of a run, or an archive of one.")
+    cfg = schema.load(folder / "run.yaml", asked.overrides)
+    cfg.check()
+    verification = Verification(
+        Recorded.of(folder, cfg), scratch, asked.steps, asked.full, asked.stages
+    )
+    for doing in verification:
+        _say(doing)
+    return verification.report
+
+
+def _recipe(asked: Asked, scratch: Path) -> Report | None:
+    """Make a recipe and compare it with the trace it ships, or ship one."""
+    (run,) = resolved([f"{RECIPE}{asked.recipe}", *asked.overrides])
+    shipped = None if asked.write else reference.read(run.file)
+    fresh = reference.Fresh(run.cfg, scratch)
+    for doing in fresh:
+        _say(doing)
+    if shipped is None:
+        print(f"written: {reference.write(run.file, fresh)}")
+        return None
+    return reference.compare(shipped, fresh, scratch)
+
+
+def _say(doing: str) -> None:
+    print(f"verify: {doing}", file=sys.stderr, flush=True)

@@ -16,13 +16,19 @@ def test_words_are_read() -> None:
     assert asked.run == Path("outputs/runs/a")
     assert (asked.steps, asked.stages, asked.as_json, asked.full) == (5, ("sft", "dpo"), True, False)
     assert parse(["a", "--full", "launch.processes=2"]).overrides == ("launch.processes=2",)
+    asked = parse(["recipe=tiny", "--write"])
+    assert (asked.run, asked.recipe, asked.write) == (None, "tiny", True)
 
 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ([], "takes one run, but got 0"),
-        (["a", "b"], "takes one run, but got 2"),
+        ([], "takes one run or recipe, but got 0"),
+        (["a", "b"], "takes one run or recipe, but got 2"),
+        (["a", "recipe=tiny"], "takes one run or recipe, but got 2"),
+        (["recipe=tiny", "--full"], "--full is for a run"),
+        (["recipe=tiny", "--stage=sft"], "--stage is for a run"),
+        (["a", "--write"], "give recipe=NAME"),
         (["a", "--step", "3"], "--steps"),
         (["a", "--steps", "0"], "--steps=0 is no number of steps"),
         (["a", "--steps=x"], "--steps=x is no number"),
