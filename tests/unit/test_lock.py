@@ -134,6 +134,8 @@ def test_a_lock_names_no_home_and_no_secret(mine: Path, monkeypatch: pytest.Monk
     text = LOCK.read_text(encoding="utf-8")
     assert str(mine) not in text and "hunter2" not in text and "and more" not in text
     assert "data.sources.rows.path=~/rows.json" in text.splitlines()[0]
+    assert cli.main(["lock", *WORDS, "data.sources.rows.path='~/rows.json'"]) == 0
+    assert LOCK.read_text(encoding="utf-8").splitlines()[2:] == text.splitlines()[2:]
 
 
 def test_the_lock_is_beside_the_recipe_or_in_the_users_own_folder(
@@ -160,6 +162,8 @@ def test_a_recipe_of_an_installed_package_is_locked_in_the_users_own_folder(
     assert not list(inside.rglob("*.lock"))
     (run,) = resolve.resolved(["recipe=tiny"])
     assert run.lock is not None and run.lock.recipe == "tiny"
+    # its weights are drawn and its tokenizer is made by code: nothing that could move
+    assert {owner.rpartition(".")[0] for owner in run.lock.inputs} == {"data.sources"}
 
 
 # --- equal, and moved ---
@@ -457,6 +461,16 @@ def test_what_no_stage_reads_is_not_asked_for(mine: Path, hub: list[tuple[str, s
     assert sorted(hub) == [("dataset", "maker/rows"), ("model", "maker/base")]
     (run,) = resolve.resolved(FREE)
     assert run.cfg.model.revision == COMMIT
+
+
+def test_a_model_that_a_server_stands_in_for_is_not_asked_for(
+    mine: Path, hub: list[tuple[str, str]]
+) -> None:
+    server = "url: http://localhost:1/v1, model: x, seeds: {path: maker/seeds}"
+    text = HUB + f"stages: [evolve]\nevolve: {{{server}}}\n"
+    Path("recipes/free.yaml").write_text(text, encoding="utf-8")
+    assert cli.main(["lock", *FREE]) == 0
+    assert hub == [("dataset", "maker/seeds")]
 
 
 @pytest.mark.parametrize("offline", [True, False])
