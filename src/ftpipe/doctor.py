@@ -135,7 +135,9 @@ def _lock() -> Finding:
     if provenance.lock() is None:
         return False, "no requirements.lock beside this installation"
     off = [
-        f"{name} {off['installed'] or 'is not installed'} != {off['locked']}"
+        f"{name} {off['installed']} != {off['locked']}"
+        if off["installed"]
+        else f"{name} is not installed, {off['locked']} is locked"
         for name, off in provenance.differs().items()
     ]
     return not off, "; ".join(off) if off else "installed versions are the locked ones"

@@ -44,7 +44,7 @@ def _torch(cfg: RunConfig) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
     }
-    if cfg.launch.device is Device.cuda:
+    if cfg.launch.device is Device.cuda and torch.cuda.is_available():
         told["gpu"] = torch.cuda.get_device_name()
         told["compute_capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
     return told

@@ -128,7 +128,7 @@ def test_the_reader_of_imports_sees_what_is_there() -> None:
     assert {"artifacts", "config", "modeling", "tracking"} <= own("stages.sft")
     assert {"transformers", "trl"} <= foreign("stages.sft", at_once=True)
     assert "torch" in foreign("doctor") and "torch" not in foreign("doctor", at_once=True)
-    assert "compose" in own("cli") and "compose" not in own("cli", at_once=True)
+    assert "compose" in own("resolve") and "compose" not in own("resolve", at_once=True)
     assert "data.ledger" in own("stages.prepare")
     assert "torch" in {
         name for part in reached("stages.model") - {"stages.model"} for name in foreign(part)

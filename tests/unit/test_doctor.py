@@ -97,6 +97,9 @@ def test_a_package_that_is_not_the_locked_one_is_named(
     assert doctor._lock() == (True, "installed versions are the locked ones")
     (tmp_path / "requirements.lock").write_text(lock.replace(trl, "0.0.1"), encoding="utf-8")
     assert doctor._lock() == (False, f"trl {trl} != 0.0.1")
+    monkeypatch.setattr(provenance, "PACKAGES", ("no-such-thing",))
+    (tmp_path / "requirements.lock").write_text("no-such-thing==1\n", encoding="utf-8")
+    assert doctor._lock() == (False, "no-such-thing is not installed, 1 is locked")
 
 
 def test_without_sbatch_jobs_cannot_be_submitted(

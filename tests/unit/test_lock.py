@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from ftpipe import cli, compose, provenance, resolve
+from ftpipe.errors import LockError
 from ftpipe.lock import hold, record
 from ftpipe.lock.record import Lock
 
@@ -40,22 +41,37 @@ def sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def lay_out(folder: Path) -> None:
+    for name, text in FILES.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+
+
 @pytest.fixture
 def mine(empty_folder: Path) -> Path:
     """Return a folder with a recipe of one's own and all that it reads."""
-    for name, text in FILES.items():
-        (empty_folder / name).parent.mkdir(exist_ok=True)
-        (empty_folder / name).write_text(text, encoding="utf-8")
+    lay_out(empty_folder)
     return empty_folder
 
 
 WORDS = ("recipe=mine",)
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the lock of the recipe, as the command writes it."""
+    folder = tmp_path_factory.mktemp("locked")
+    lay_out(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert cli.main(["lock", *WORDS]) == 0
+        return LOCK.read_text(encoding="utf-8")
+
+
 @pytest.fixture
-def locked(mine: Path, capsys: pytest.CaptureFixture[str]) -> Path:
-    assert cli.main(["lock", *WORDS]) == 0
-    capsys.readouterr()
+def locked(mine: Path, written: str) -> Path:
+    """Return the folder of the recipe, which is locked to what lies there."""
+    LOCK.write_text(written, encoding="utf-8")
     return mine
 
 
@@ -118,6 +134,8 @@ def test_a_lock_names_no_home_and_no_secret(mine: Path, monkeypatch: pytest.Monk
     text = LOCK.read_text(encoding="utf-8")
     assert str(mine) not in text and "hunter2" not in text and "and more" not in text
     assert "data.sources.rows.path=~/rows.json" in text.splitlines()[0]
+    assert cli.main(["lock", *WORDS, "data.sources.rows.path='~/rows.json'"]) == 0
+    assert LOCK.read_text(encoding="utf-8").splitlines()[2:] == text.splitlines()[2:]
 
 
 def test_the_lock_is_beside_the_recipe_or_in_the_users_own_folder(
@@ -144,6 +162,8 @@ def test_a_recipe_of_an_installed_package_is_locked_in_the_users_own_folder(
     assert not list(inside.rglob("*.lock"))
     (run,) = resolve.resolved(["recipe=tiny"])
     assert run.lock is not None and run.lock.recipe == "tiny"
+    # its weights are drawn and its tokenizer is made by code: nothing that could move
+    assert {owner.rpartition(".")[0] for owner in run.lock.inputs} == {"data.sources"}
 
 
 # --- equal, and moved ---
@@ -188,7 +208,14 @@ def test_what_moved_is_named(
     assert sentence.startswith("recipe=mine is locked, and ")
     assert sentence.endswith("; `ftpipe lock recipe=mine` pins it anew.")
     assert sentence.count(" moved: ") == 1
+
+
+def test_locking_again_takes_what_moved(locked: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = LOCK.read_text(encoding="utf-8")
+    Path("rows.json").write_text("[3]", encoding="utf-8")
     assert cli.main(["lock", *WORDS]) == 0
+    rows = (sha256(FILES["rows.json"]), sha256("[3]"))
+    assert LOCK.read_text(encoding="utf-8") == before.replace(*rows)
     capsys.readouterr()
     plan(capsys)
 
@@ -436,6 +463,16 @@ def test_what_no_stage_reads_is_not_asked_for(mine: Path, hub: list[tuple[str, s
     assert run.cfg.model.revision == COMMIT
 
 
+def test_a_model_that_a_server_stands_in_for_is_not_asked_for(
+    mine: Path, hub: list[tuple[str, str]]
+) -> None:
+    server = "url: http://localhost:1/v1, model: x, seeds: {path: maker/seeds}"
+    text = HUB + f"stages: [evolve]\nevolve: {{{server}}}\n"
+    Path("recipes/free.yaml").write_text(text, encoding="utf-8")
+    assert cli.main(["lock", *FREE]) == 0
+    assert hub == [("dataset", "maker/seeds")]
+
+
 @pytest.mark.parametrize("offline", [True, False])
 def test_without_a_network_it_is_a_sentence(
     offline: bool, mine: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -481,15 +518,21 @@ def test_what_cannot_be_locked_is_refused(
 @pytest.mark.parametrize(
     "damage", [b"", b"{", b"\xff\xfe", b"[]", b"recipe: mine\n", b"3", b"recipe: mine\ninputs: 3\n"]
 )
-def test_a_damaged_lock_is_a_sentence_and_can_be_written_anew(
-    damage: bytes, locked: Path, capsys: pytest.CaptureFixture[str]
+def test_a_damaged_lock_is_a_sentence(damage: bytes, tmp_path: Path) -> None:
+    (tmp_path / "mine.lock").write_bytes(damage)
+    with pytest.raises(LockError) as refused:
+        record.find("mine", tmp_path / "mine.yaml")
+    place = tmp_path / "mine.lock"
+    assert str(refused.value) == f"{place} is damaged; `ftpipe lock recipe=mine` writes it anew."
+
+
+def test_a_damaged_lock_can_be_written_anew(
+    locked: Path, written: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    LOCK.write_bytes(damage)
-    place = locked / LOCK
-    assert refusal(capsys) == f"{place} is damaged; `ftpipe lock recipe=mine` writes it anew."
+    LOCK.write_bytes(b"{")
+    assert refusal(capsys).endswith("is damaged; `ftpipe lock recipe=mine` writes it anew.")
     assert cli.main(["lock", *WORDS]) == 0
-    capsys.readouterr()
-    plan(capsys)
+    assert LOCK.read_text(encoding="utf-8") == written
 
 
 def test_a_folder_that_cannot_be_written_is_named(mine: Path) -> None:

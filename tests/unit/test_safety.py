@@ -70,9 +70,17 @@ def home_of_ada(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     named = os.uname_result((system, HOST, *known[1:]))
     monkeypatch.setattr(os, "uname", lambda: named)
     monkeypatch.setattr(socket, "gethostname", lambda: HOST)
-    rows = [{"instruction": f"Say {number}.", "output": f"It is {number}."} for number in range(9)]
-    (home / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
-    (home / "asked.txt").write_text("What is the capital of France?\n", encoding="utf-8")
+    rows = [{"instruction": f"Say {number}.", "output": f"It is {number}."} for number in range(60)]
+    question = "Which of the nine planets is said to be the largest of them all today?"
+    # and for each way in which a row is left out one that is
+    bad: list[dict[str, object]] = [
+        {"instruction": question, "output": "x"},
+        {"instruction": 3},
+        rows[0],
+        {"instruction": "Go on.", "output": "on and " * 400},
+    ]
+    (home / "rows.json").write_text(json.dumps([*rows, *bad]), encoding="utf-8")
+    (home / "asked.txt").write_text(f"{question}\n", encoding="utf-8")
     return home
 
 
@@ -90,6 +98,9 @@ def test_nothing_that_a_run_leaves_names_its_user_or_machine(
         "data.sources.mine={format: alpaca, path: '~/rows.json'}",
         f"data.decontaminate.asked={{format: text, path: {home_of_ada}/asked.txt}}",
         "data.validation=2",
+        "data.on_bad_row=skip",
+        "data.over_length=drop",
+        "data.max_lost=1",
         f"tracking.tags=['password={FLAG} and more']",
     ]
     assert cli.main(["prepare", *words[:-1]]) == 0
@@ -101,6 +112,9 @@ def test_nothing_that_a_run_leaves_names_its_user_or_machine(
     # else nothing was looked at
     assert {"manifest.json", "run.yaml", "origins.json", "prepare.job.json", "train.arrow"} <= names
     assert {path.suffix for path in files} >= {".lock", ".json", ".yaml", ".arrow", ".safetensors"}
+    (removed,) = root.rglob("removed.jsonl")
+    assert len(removed.read_text(encoding="utf-8").splitlines()) == 4
+    assert "~/rows.json" in removed.read_text(encoding="utf-8")
     unsaid = {
         "the user": NAME,
         "the home": str(home_of_ada),

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from transformers import AutoTokenizer
 
+from ftpipe import home
 from ftpipe import tokenizer as tokenizers
 from ftpipe.artifacts import Artifact
 from ftpipe.choices import Format, OnBadRow, Part, Use
@@ -62,7 +63,9 @@ class Work:
     lengths: dict[Use, Counter[int]] = field(default_factory=dict)
 
     def note(self, source: str, use: Use, entry: Mapping[str, Any]) -> None:
-        self.removed.write(json.dumps({"source": source, "use": use, **entry}) + "\n")
+        """Write why a row was left out; files below the user's home are named by ``~``."""
+        files = {key: home.short_path(entry[key]) for key in ("where", "question") if key in entry}
+        self.removed.write(json.dumps({"source": source, "use": use, **entry, **files}) + "\n")
 
     def scratch(self, use: Use) -> Path:
         return self.out / f".{use}.arrow"
