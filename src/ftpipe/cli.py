@@ -30,6 +30,14 @@ usage: ftpipe VERB recipe=NAME [key=value ...] [-m]
   submit    the same as jobs of Slurm, with launch=slurm-...: a job for each stage that is to be made
               --dry-run: show the scripts, submit nothing
   status    what became of the jobs: [RUN], a run's folder; without it the newest
+  diff      A B [--json]: what two runs, artifacts or recipes have not in common, and what decided it
+              each is a run (its folder, or the beginning of its name), the folder of an artifact, or
+              recipe=NAME with its overrides after it; exit code 0: nothing, 1: something
+  runs      list what was run, its stages, their states and numbers [--json] [output=PATH]
+              show RUN, lineage RUN|ARTIFACT: all about one, and back to its data and base model
+              find CONDITION ...: recipe=NAME, fingerprint=ab12, 'sft/held_out_loss<2.0', seed=1, ...
+              remove RUN ..., gc: drop runs, then what none refers to; asks, or takes --yes
+              export RUN [--to FILE.tar] [--without-inputs], import FILE.tar: as one file
   recipes   list the recipes
   doctor    show what this machine has
 
@@ -84,6 +92,8 @@ def _main(words: list[str]) -> int:
         "submit": _submit,
         "status": _status,
         "job": _job,
+        "diff": _diff,
+        "runs": _runs,
         "recipes": _recipes,
         "doctor": _doctor,
     }
@@ -239,6 +249,18 @@ def _status(words: list[str]) -> int:
     return 0 if well else 1
 
 
+def _diff(words: list[str]) -> int:
+    from ftpipe.diff import command
+
+    return command.main(words, configurations)
+
+
+def _runs(words: list[str]) -> int:
+    from ftpipe.runs import command
+
+    return command.main(words)
+
+
 def _job(words: list[str]) -> int:
     """Make one stage of a frozen run, as the script of a job asks for: ``job RUN STAGE``."""
     from ftpipe.cluster import job
@@ -253,6 +275,7 @@ def _job(words: list[str]) -> int:
 def _make(cfg: RunConfig, steps: list[Step], command: list[str]) -> tuple[artifacts.Artifact, Path, int]:
     """Run or reuse each step; return the last artifact, the run's folder, and how many were built."""
     run = pipeline.write_run(cfg, schema.dump(cfg))
+    pipeline.record(run, steps)  # first: what a run refers to is not collected as garbage
     made: dict[str, artifacts.Artifact] = {}  # by stage
     built = 0
     for step in steps:
@@ -265,7 +288,6 @@ def _make(cfg: RunConfig, steps: list[Step], command: list[str]) -> tuple[artifa
         else:
             print(f"{step.stage.name}: nothing to do, made already: {artifact.path}", flush=True)
         made[step.stage.name] = artifact
-    pipeline.record(run, steps)
     return made[steps[-1].stage.name], run, built
 
 

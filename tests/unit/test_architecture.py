@@ -22,8 +22,12 @@ HEAVY = {
 # The driver composes, plans and launches; the work below it knows nothing of that.
 DRIVER = {"cli", "compose", "doctor", "launch", "pipeline", "smoke", "worker"}
 DRIVER |= {f"cluster.{name}" for name in ("job", "script", "status", "submit")}
+# What looks at runs, too: it plans, and asks the plan what a run refers to.
+LOOKS = ("diff", "runs")
 LIGHT = (
     "cli",
+    "diff.command",
+    "runs.command",
     "pipeline",
     "pins",
     "artifacts",
@@ -59,6 +63,7 @@ def module_name(file: Path) -> str:
 
 
 FILES = {module_name(file): file for file in ROOT.rglob("*.py")}
+DRIVER |= {name for name in FILES if name.split(".")[0] in LOOKS}
 
 
 @functools.cache
