@@ -146,8 +146,8 @@ def _gc(words: Sequence[str]) -> int:
     whole = sum(one.size for one in things)
     if not machine:
         rows = [(in_bytes(one.size), str(one.path), one.why) for one in things]
-        print("\n".join([*printing.table(rows), *(f"stays: {line}" for line in stays)]))
-        print(f"{in_bytes(whole)} in all" if things else "nothing to remove")
+        last = f"{in_bytes(whole)} in all" if things else "nothing to remove"
+        print("\n".join([*printing.table(rows), *(f"stays: {line}" for line in stays), last]))
     agreed = bool(things) and ("--yes" in given.flags or (not machine and _agrees()))
     kept: list[str] = []
     for thing in things if agreed else []:

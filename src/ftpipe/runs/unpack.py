@@ -197,8 +197,8 @@ def place(folder: Path, run: str, output: Path) -> Path:
     cfg.output = str(output.absolute())
     table = json.loads((folder / INPUTS).read_text(encoding=NAMES[0], errors=NAMES[1]))
     for key, inside in table.items():
-        path = folder / inside
-        if not isinstance(inside, str) or not inside.startswith("inputs/") or not path.exists():
+        inputs = isinstance(inside, str) and PurePosixPath(inside).parts[:1] == ("inputs",)
+        if not inputs or ".." in inside or not (folder / inside).exists():
             raise DataError(f"{folder / INPUTS}: {key} is at {inside}, which did not come with it.")
         put(cfg, key, str(output.absolute() / inside))
     artifacts.write_atomic(home / RUN, schema.dump(cfg))
