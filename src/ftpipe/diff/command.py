@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ftpipe import printing
+from ftpipe import printing, schema
 from ftpipe.diff import compare, sides
 from ftpipe.diff.sides import Compose
 
@@ -35,32 +36,37 @@ def shown(found: Mapping[str, Any], fit: int | None = None) -> list[str]:
     Args:
         fit: characters of a line; None: nothing is shortened.
     """
-    lines = [f"{side.upper()}  {found[side]['kind']} {found[side]['name']}" for side in ("a", "b")]
+    lines = [_head(side.upper(), found[side]) for side in ("a", "b")]
     lines += [f"{side.upper()}: {note}" for side in ("a", "b") for note in found[side]["notes"]]
-    tables = {
-        "stages": _stages,
-        "config": _config,
-        "data": _by_stage,
-        "environment": _by_stage,
-        "code": _by_stage,
-        "trace": _trace,
-        "results": _results,
-    }
-    for name, table in tables.items():
-        section = found[name]
-        drawn = printing.table(table(section["rows"]), indent="  ", fit=fit) if section["rows"] else []
-        drawn += _unrecorded(section["not_recorded"])
-        lines += ["", name, *drawn] if drawn else []
+    for name, table in TABLES.items():
+        rows = found[name]["rows"]
+        if rows:
+            lines += ["", name, *printing.table(table(rows), indent="  ", fit=fit)]
+    untold = _unrecorded({name: found[name]["not_recorded"] for name in TABLES})
+    lines += ["", *untold] if untold else []
     return [*lines, "", "no difference"] if found["same"] else lines
 
 
-def _unrecorded(lines: Sequence[str]) -> list[str]:
-    """Return a line for each reason, with all the stages that it holds for."""
-    stages: dict[str, list[str]] = {}
-    for line in lines:
-        stage, _, why = line.partition(": ")
-        stages.setdefault(why, []).append(stage)
-    return [f"  not recorded: {', '.join(of)} ({why})" for why, of in stages.items()]
+def _head(letter: str, side: Mapping[str, Any]) -> str:
+    named = side["name"] if side["kind"] == "recipe" else f"{side['kind']} {side['name']}"
+    return f"{letter}  {named}"
+
+
+def _unrecorded(sections: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return a line for each thing that is not told, with all the sections and stages that lack it."""
+    of: dict[str, dict[str, list[str]]] = {}  # why -> section -> stages
+    for name, lines in sections.items():
+        for line in lines:
+            stage, _, why = line.partition(": ")
+            of.setdefault(why, {}).setdefault(name, []).append(stage)
+    grouped: dict[tuple[str, str], list[str]] = {}
+    for why, lacking in of.items():
+        for name, stages in lacking.items():
+            grouped.setdefault((why, ", ".join(stages)), []).append(name)
+    return [
+        f"not recorded: {', '.join(names)} of {stages} ({why})"
+        for (why, stages), names in grouped.items()
+    ]
 
 
 def _value(value: Any, there: bool = True) -> str:
@@ -80,26 +86,62 @@ def _stages(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             (row[side] or "not planned") if there else ABSENT
             for side, there in zip("ab", row["there"], strict=True)
         ]
-        table.append([row["stage"], *prints, ", ".join(row["because"])])
+        because = dict.fromkeys(_short(fact) for fact in row["because"])
+        table.append([row["stage"], *prints, ", ".join(because)])
     return table
+
+
+def _short(fact: str) -> str:
+    """Return a fact, or that of a whole source where it is of a part of one.
+
+    >>> _short("config data.sources.mine.format"), _short("config sft.epochs")
+    ('config data.sources.mine', 'config sft.epochs')
+    """
+    what, _, key = fact.partition(" ")
+    return f"{what} {_named(key) or key}" if key else what
+
+
+def _named(key: str) -> str | None:
+    """Return the key of the entry that a key is of, where the user chooses the names of entries."""
+    parts = key.split(".")
+    for end in range(1, len(parts) - 1):
+        if schema.is_dict(".".join(parts[:end])):
+            return ".".join(parts[: end + 1])
+    return None
 
 
 def _config(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     table = [["key", "A", "B", "decides"]]
-    for row in rows:
-        told = {"content": "what lies there", "no": "nothing", "not recorded": "not recorded"}
-        decides = ", ".join(row["decides"]) or told[row["matters"]]
-        table.append(
-            [
-                row["key"],
-                *(
-                    _value(row[side], there) + (f" ({origin})" if origin else "")
-                    for side, there, origin in zip("ab", row["there"], row["origin"], strict=True)
-                ),
-                decides,
-            ]
-        )
+    told = {"value": "", "content": "what lies there", "no": "nothing", "not recorded": "not recorded"}
+    for key, group in _entries(rows).items():
+        cells = [_cell(key, group, side) for side in (0, 1)]
+        stages = dict.fromkeys(stage for row in group for stage in row["decides"])
+        table.append([key, *cells, ", ".join(stages) or told[group[0]["matters"]]])
     return table
+
+
+def _entries(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Return rows by key; those of an entry, such as a source, that one side lacks are together."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        entry = None if all(row["there"]) else _named(row["key"])
+        found.setdefault(entry or row["key"], []).append(row)
+    return found
+
+
+def _cell(key: str, group: Sequence[Mapping[str, Any]], side: int) -> str:
+    """Return a value with where it comes from; of an entry, the values that are not its defaults."""
+    if len(group) == 1:
+        (row,) = group
+        origin = row["origin"][side]
+        return _value(row["ab"[side]], row["there"][side]) + (f" ({origin})" if origin else "")
+    if not any(row["there"][side] for row in group):
+        return ABSENT
+    kind = schema.field_type(key)
+    defaults = vars(kind()) if dataclasses.is_dataclass(kind) and isinstance(kind, type) else {}
+    values = {row["key"].removeprefix(f"{key}."): row["ab"[side]] for row in group}
+    own = {name: value for name, value in values.items() if value != defaults.get(name, {})}
+    return _value(own)
 
 
 def _by_stage(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -127,3 +169,14 @@ def _results(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         difference = "" if row["difference"] is None else f"{row['difference']:+.6g}"
         table.append([row["key"], _known(row["a"]), _known(row["b"]), difference])
     return table
+
+
+TABLES = {
+    "stages": _stages,
+    "config": _config,
+    "data": _by_stage,
+    "environment": _by_stage,
+    "code": _by_stage,
+    "trace": _trace,
+    "results": _results,
+}

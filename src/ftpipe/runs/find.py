@@ -19,7 +19,7 @@ from ftpipe.runs.records import RUN, Piece, Run
 
 SHOWN = 5  # names in a sentence
 # No key begins with a dot or a slash, so a path with '=' in it can be given as ./a=b.
-CONDITION = re.compile(r"(?P<key>[A-Za-z_][\w./<>-]*?)(?P<how><=|>=|!=|=|<|>)(?P<value>.*)", re.DOTALL)
+CONDITION = re.compile(r"(?P<key>[A-Za-z_][\w./-]*?)(?P<how><=|>=|!=|=|<|>)(?P<value>.*)", re.DOTALL)
 HOW: dict[str, Callable[[Any, Any], bool]] = {
     "<": operator.lt,
     "<=": operator.le,

@@ -88,7 +88,7 @@ def key_of(pin: str) -> str:
 def _part(pin: str) -> str:
     """Return which of several files of a model or a tokenizer a pin is of, or what of the seeds."""
     group, _, rest = pin.partition("/")
-    if group == "data" or rest in ("tokenizer", "rows", "hub", "gguf", "random"):
+    if group == "data" or rest in ("tokenizer", "rows", "hub", "gguf"):
         return ""
     return f" ({rest.removeprefix('tokenizer/')})"
 

@@ -53,11 +53,10 @@ def test_a_run_is_no_other_than_itself(cfg: RunConfig, capsys: pytest.CaptureFix
 def test_the_same_made_twice_differs_in_speed_alone(
     cfg: RunConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    metrics = {"loss_last": 1.5, "broken": float("nan")}
-    one = at(cfg, "one", metrics=metrics | {"tokens_per_second": 1.0, "seconds_update": 2.0})
-    two = at(
-        cfg, "two", metrics=metrics | {"tokens_per_second": 3.0, "seconds_update": 4.0}, wall_seconds=9
-    )
+    same = {"loss_last": 1.5, "broken": float("nan")}
+    speed = {"tokens_per_second": 1.0, "seconds_update": 2.0, "peak_gpu_gib": 3.0}
+    one = at(cfg, "one", metrics=same | speed)
+    two = at(cfg, "two", metrics=same | {name: 9.0 for name in speed}, wall_seconds=9)
     found = diff(capsys, one, two)
     assert differing(found) == {"config"}
     (row,) = found["config"]["rows"]
@@ -306,6 +305,10 @@ def test_a_run_that_is_not_made_is_compared_as_far_as_it_goes(
     (stage,) = found["stages"]["rows"]
     assert (stage["stage"], stage["because"]) == ("sft", [])
     assert found["results"]["not_recorded"] == ["sft: not made in B"]
+    cli.main(["diff", str(one), str(two)])
+    assert capsys.readouterr().out.endswith(
+        "\nnot recorded: data, environment, code, trace, results of sft (not made in B)\n"
+    )
     assert [row["decides"] for row in found["config"]["rows"]] == [["sft"]]
 
 
@@ -356,8 +359,25 @@ def test_recipes_are_compared_by_their_plans(
     diff(capsys, "recipe=tiny", "recipe=tiny", code=0)
 
 
-def test_two_recipes_with_other_stages(empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_recipes_with_other_stages_and_sources(
+    empty_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.main(["diff", "recipe=tiny", "recipe=tiny-dpo"])
+    lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+    cells = [[cell.strip() for cell in line if cell.strip()] for line in lines]
+    # an entry that one side lacks is a line, with what is not its default (recipes/tiny-dpo.yaml)
+    assert [
+        "data.sources.alpaca",
+        "{format: alpaca, path: sample:alpaca.json}",
+        "-",
+        "prepare",
+    ] in cells
+    (dpo,) = [line for line in cells if line[:1] == ["data.sources.ultrafeedback"]]
+    assert dpo[1] == "-" and dpo[2].endswith("use: [demonstrations, preferences], ties: drop}")
+    (because,) = [line[3] for line in cells if line[:1] == ["prepare"]]
+    assert because.startswith("config data.sources.alpaca, config data.sources.oasst1, ")
     found = diff(capsys, "recipe=tiny", "recipe=tiny-dpo")
+    assert rows(found, "config")["data.sources.alpaca.format"] == ("alpaca", None)
     there = {row["stage"]: row["there"] for row in found["stages"]["rows"]}
     assert there["dpo"] == [False, True]
     assert "name" in rows(found, "config")

@@ -487,7 +487,7 @@ def test_a_run_of_another_schema_is_one_sentence(cfg: RunConfig) -> None:
     folder = made.run(cfg)
     exported(folder)
     path = forged("run.yaml", lambda text: text + b"unheard_of: 1\n")
-    with pytest.raises(ConfigError, match="^unknown key 'unheard_of'"):
+    with pytest.raises(ConfigError, match=r"^unknown key 'unheard_of'"):
         unpack.unpack(path, Path("new"))
     assert not Path("new").exists()
 
@@ -532,7 +532,7 @@ def test_it_is_unpacked_into_an_empty_folder_alone(cfg: RunConfig) -> None:
     assert Path("new/mine").is_file()
     Path("new/mine").unlink()
     assert unpack.unpack(TAR, Path("new")).is_dir()
-    with pytest.raises(UserError, match="^rows.json/new cannot be written "):
+    with pytest.raises(UserError, match=r"^rows\.json/new cannot be written "):
         unpack.unpack(TAR, Path("rows.json/new"))
 
 
@@ -564,7 +564,8 @@ def test_export_and_import_by_command(cfg: RunConfig, capsys: pytest.CaptureFixt
     assert Path(cfg_.data.sources["mine"].path).is_relative_to(Path("theirs/inputs").absolute())
     assert cli.main(["runs", "import", f"{name}.tar", "output=theirs"]) == 2
     assert capsys.readouterr().err == (
-        f"ftpipe: theirs/runs/{name} is there already; remove it first with `ftpipe runs remove {name}`.\n"
+        f"ftpipe: theirs/runs/{name} is there already; remove it first with "
+        f"`ftpipe runs remove {name}`.\n"
     )
     assert cli.main(["runs", "gc", "output=theirs"]) == 0  # the inputs are in use
     assert cli.main(["runs", "remove", name, "--yes", "output=theirs"]) == 0
@@ -582,7 +583,7 @@ def test_an_import_keeps_what_is_made_already(cfg: RunConfig) -> None:
     run = unpack.bring_in(TAR, OUTPUT)
     assert run == folder
     assert mark.is_file()
-    assert artifacts.find(OUTPUT, *made.names(run)["sft"].rsplit("-", 1)) is not None  # type: ignore[arg-type]
+    assert artifacts.find(OUTPUT, *made.names(run)["sft"].rsplit("-", 1)) is not None
 
 
 def test_a_damaged_archive_brings_nothing_in(cfg: RunConfig) -> None:

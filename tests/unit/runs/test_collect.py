@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -164,7 +165,7 @@ def test_what_is_half_made_goes_unless_a_run_can_go_on(
     pipeline.record(folder, steps)
     mine = steps[-1].place.name
     for name in (mine, "sft-0123456789abcdef"):
-        with artifacts.building(OUTPUT, *name.rsplit("-", 1)) as partial:  # type: ignore[arg-type]
+        with artifacts.building(OUTPUT, *name.rsplit("-", 1)) as partial:
             (partial / "checkpoint").write_text("half", encoding="utf-8")
     assert gc("--yes") == 0
     assert f"{mine}.partial" in left()
@@ -305,7 +306,7 @@ def test_a_lock_is_not_shared_with_one_whose_file_was_removed(empty_folder: Path
     opened = Path.open
     removed = False
 
-    def late(path: Path, *args: str) -> object:
+    def late(path: Path, *args: Any) -> Any:
         nonlocal removed
         file = opened(path, *args)
         if path == old and not removed:

@@ -26,7 +26,9 @@ def test_the_tree_of_a_run(cfg: RunConfig, capsys: pytest.CaptureFixture[str]) -
     # by hand, from the table of stages: sft takes the dataset and the base, prepare the base's tokenizer
     assert lines[0] == f"{names['sft']}  policy  loss_last 1.25"
     assert lines[1] == f"├── {names['model']}  base_model  parameters 1,234"
-    assert lines[2].startswith("│   ├── model: ") and lines[3] == "│   └── model.tokenizer: bytes"
+    assert (
+        lines[2].startswith("│   ├── model (random): ") and lines[3] == "│   └── model.tokenizer: bytes"
+    )
     assert lines[4:] == [
         f"└── {names['prepare']}  dataset  train_rows 2",
         f"    ├── {names['model']}  (above)",
