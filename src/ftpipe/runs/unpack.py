@@ -106,7 +106,7 @@ def _check(member: tarfile.TarInfo, archive: Path, folder: Path) -> None:
     """Refuse a member that could end up outside the folder, or is no plain file."""
     path = PurePosixPath(member.name)
     plain = member.isfile() and not member.issparse()
-    odd = path.is_absolute() or ".." in path.parts or str(path) != member.name or "\0" in member.name
+    odd = ".." in path.parts or str(path) != member.name or "\0" in member.name
     known = path.parts[0] in ("runs", "artifacts", "inputs") and len(path.parts) > 2
     if odd or not plain or not (known or member.name in (INDEX, INPUTS)):
         kinds = {"a link": member.issym() or member.islnk(), "a device": member.isdev()}

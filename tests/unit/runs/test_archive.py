@@ -271,6 +271,21 @@ def test_a_damaged_artifact_is_not_archived(cfg: RunConfig, with_inputs: bool) -
     assert said == f"{weights} is not what its digest says; it was changed or is damaged."
 
 
+def test_a_file_that_grows_while_it_is_read_is_not_archived(
+    cfg: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = made.run(cfg)
+    digest = archive.Digesting.digest
+
+    def written_to_meanwhile(read: archive.Digesting) -> str:
+        with (folder / "run.yaml").open("a", encoding="utf-8") as file:
+            file.write("#")
+        return digest(read)
+
+    monkeypatch.setattr(archive.Digesting, "digest", written_to_meanwhile)
+    assert refused(folder).startswith(f"{folder}/run.yaml is not what its digest says; ")
+
+
 def test_an_artifact_with_a_file_too_many_or_too_few_is_not_archived(cfg: RunConfig) -> None:
     folder = made.run(cfg)
     place = made.place(folder, "sft")
@@ -374,6 +389,7 @@ def edit(name: str, change: Callable[[Any], object]) -> Callable[[Members], obje
         (lambda found: add(found, "../up"), "holds '../up', which has no place in the archive of a run"),
         (lambda found: add(found, "inputs/../../up"), "holds 'inputs/../../up', which has no place"),
         (lambda found: add(found, "artifacts/./x/y"), "holds 'artifacts/./x/y', which has no place"),
+        (lambda found: add(found, "inputs/é/a\0b"), "which has no place in the archive of a run"),
         (lambda found: add(found, "note.txt"), "holds 'note.txt', which has no place"),
         (lambda found: add(found, "secrets/a/b"), "holds 'secrets/a/b', which has no place"),
         (lambda found: add(found, "artifacts/x"), "holds 'artifacts/x', which has no place"),
