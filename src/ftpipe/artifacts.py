@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -18,12 +19,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ftpipe.errors import BusyError, UserError
 
 MANIFEST = "manifest.json"
 SCRATCH = ".tmp"  # the end of a half-written file's name
+PARTIAL, LOCK = ".partial", ".lock"  # the ends of the names of a scratch folder and of a lock file
+LOOKS, PAUSE = 5, 0.02  # how often and how long, in seconds, to wait for somebody who only looks
 
 
 @dataclass(frozen=True)
@@ -111,25 +114,13 @@ def building(root: Path, stage: str, print_: str) -> Iterator[Path]:
     final = place(root, stage, print_)
     if final.is_dir() and not (final / MANIFEST).is_file():
         raise UserError(f"{final} has no {MANIFEST}; delete the folder to build it again.")
-    partial = final.with_name(final.name + ".partial")
+    partial = final.with_name(final.name + PARTIAL)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        lock = final.with_name(final.name + ".lock").open("a+")
+        lock = _lock(final)
     except OSError as error:
         raise cannot_write(root, error) from None
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise BusyError(
-                f"{final.name} is being built by {lock.read().strip() or 'another process'}; "
-                "wait for it, or end that process."
-            ) from None
-        lock.truncate(0)
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        lock.write(f"process {os.getpid()} on {socket.gethostname()} since {since}")
-        lock.flush()
         try:
             partial.mkdir(exist_ok=True)
         except OSError as error:
@@ -138,7 +129,74 @@ def building(root: Path, stage: str, print_: str) -> Iterator[Path]:
             yield partial
         finally:
             lock.truncate(0)  # who builds it, and on which machine, is of no account any more
-    # The lock file stays: deleting it would let a third process lock a new file beside a second.
+
+
+@contextmanager
+def locked(final: Path) -> Iterator[Path]:
+    """Hold the exclusive right to what lies at an artifact's place; yield the lock file.
+
+    The lock file stays afterwards, unless who holds it removes it.
+
+    Raises:
+        BusyError: naming who builds it, if another process does.
+        OSError: if the folder cannot be written.
+    """
+    with _lock(final):
+        yield _lock_file(final)
+
+
+def is_held(final: Path) -> bool:
+    """Whether a process holds an artifact's lock: looks, and is seen by a builder for an instant."""
+    try:
+        with _lock_file(final).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:  # somebody else has it, or it cannot be told
+        return True
+    return False
+
+
+def _lock_file(final: Path) -> Path:
+    return final.with_name(final.name + LOCK)
+
+
+def _lock(final: Path) -> IO[str]:
+    """Return an artifact's lock file, open, and locked until it is closed."""
+    for look in itertools.count(1):
+        file = _lock_file(final).open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # whoever held it before may have removed it: then another process could lock a new file
+            if not _lies_there(file, _lock_file(final)):
+                file.close()
+                continue
+            file.truncate(0)
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}")
+            file.flush()
+            return file
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+        except BaseException:
+            file.close()
+            raise
+        if look >= LOOKS:
+            raise BusyError(
+                f"{final.name} is being built by {holder}; wait for it, or end that process."
+            )
+        time.sleep(PAUSE)
+    raise AssertionError("counting has no end")
+
+
+def _lies_there(file: IO[str], path: Path) -> bool:
+    """Whether an open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def publish(partial: Path, manifest: Mapping[str, Any], drop: str = "") -> Artifact:
@@ -157,7 +215,7 @@ def publish(partial: Path, manifest: Mapping[str, Any], drop: str = "") -> Artif
     write_atomic(partial / MANIFEST, json.dumps(whole, indent=1, sort_keys=True) + "\n")
     if drop:
         (partial / drop).unlink(missing_ok=True)
-    final = partial.with_name(partial.name.removesuffix(".partial"))
+    final = partial.with_name(partial.name.removesuffix(PARTIAL))
     partial.rename(final)
     sync(final.parent)
     return open_artifact(final)

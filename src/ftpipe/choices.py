@@ -273,3 +273,13 @@ class ValueStart(StrEnum):
     auto = "auto"
     reward = "reward"
     policy = "policy"
+
+
+class State(StrEnum):
+    """What lies at the place of an artifact."""
+
+    made = "made"
+    damaged = "damaged"  # there, but its manifest cannot be read
+    building = "in the making"  # half made, by a process that lives
+    begun = "begun"  # half made, by a process that has ended
+    missing = "missing"

@@ -37,6 +37,14 @@ usage: ftpipe VERB recipe=NAME [key=value ...] [-m]
               --steps K: of each training; --full: to its last weight; --stage NAME: this one alone
               --json; --scratch DIR: keep what is made there; launch.KEY=value: what this machine has
   lock      pin the recipe to what its inputs and packages are now: commits, digests, versions
+  diff      A B [--json]: what two runs, artifacts or recipes have not in common, and what decided it
+              each is a run (its folder, or the beginning of its name), the folder of an artifact, or
+              recipe=NAME with its overrides after it; exit code 0: nothing, 1: something
+  runs      list what was run, its stages, their states and numbers [--json] [output=PATH]
+              show RUN, lineage RUN|ARTIFACT: all about one, and back to its data and base model
+              find CONDITION ...: recipe=NAME, fingerprint=ab12, 'sft/held_out_loss<2.0', seed=1, ...
+              remove RUN ..., gc: drop runs, then what none refers to; asks, or takes --yes
+              export RUN [--to FILE.tar] [--without-inputs], import FILE.tar: as one file
   recipes   list the recipes
   doctor    show what this machine has
 
@@ -98,6 +106,8 @@ def _main(words: list[str]) -> int:
         "verify": _verify,
         "lock": _lock,
         "job": _job,
+        "diff": _diff,
+        "runs": _runs,
         "recipes": _recipes,
         "doctor": _doctor,
     }
@@ -218,6 +228,18 @@ def _verify(words: list[str]) -> int:
     return verb.main(words)
 
 
+def _diff(words: list[str]) -> int:
+    from ftpipe.diff import command
+
+    return command.main(words, configurations)
+
+
+def _runs(words: list[str]) -> int:
+    from ftpipe.runs import command
+
+    return command.main(words)
+
+
 def _job(words: list[str]) -> int:
     """Make one stage of a frozen run, as the script of a job asks for: ``job RUN STAGE``."""
     from ftpipe.cluster import job
@@ -244,6 +266,7 @@ def _make(
     cfg = resolved.cfg
     run = pipeline.write_run(cfg, schema.dump(cfg))
     origins.write(run, resolved.told)
+    pipeline.record(run, steps)  # first: what a run refers to is not collected as garbage
     made: dict[str, artifacts.Artifact] = {}  # by stage
     built = 0
     for step in steps:

@@ -206,6 +206,8 @@ STAGES = table(
     ),
 )
 
+RECORD = "artifacts.json"  # of a run: the artifact that each of its stages stands for
+
 # Where an input lies is provenance; its content is pinned.
 PLACED = ("model.", "data.sources.", "data.decontaminate.", "evolve.seeds.")
 PINNED_KEYS = ("path", "revision", "tokenizer", "tokenizer_revision")
@@ -444,6 +446,21 @@ def write_run(cfg: RunConfig, text: str) -> Path:
 
 
 def record(run: Path, steps: Sequence[Step]) -> None:
-    """Write which artifact each stage of the run stands for, as ``run/artifacts.json``."""
-    listed = {step.stage.name: step.place.name for step in steps}
-    artifacts.write_atomic(run / "artifacts.json", json.dumps(listed, indent=1) + "\n")
+    """Write which artifact each stage of the run stands for, as ``run/artifacts.json``.
+
+    Stages beyond these stay listed where these are what they were: the command may have asked for less.
+    """
+    names = {step.stage.name: step.place.name for step in steps}
+    before = listed(run)
+    if names.items() <= before.items():
+        names = before
+    artifacts.write_atomic(run / RECORD, json.dumps(names, indent=1) + "\n")
+
+
+def listed(run: Path) -> dict[str, str]:
+    """Return the name of the artifact of each stage of a run; nothing where none is told."""
+    try:
+        names = json.loads((run / RECORD).read_text(encoding="utf-8"))
+        return {str(stage): str(name) for stage, name in names.items()}
+    except (OSError, ValueError, AttributeError):  # not there, or damaged: the run is planned anew
+        return {}

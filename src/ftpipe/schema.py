@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 import typing
@@ -10,6 +11,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -25,10 +27,16 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         overrides: ``key=value``, in place of its values.
 
     Raises:
-        ConfigError: for what does not fit the schema.
+        ConfigError: if it cannot be read, or does not fit the schema.
     """
-    read = OmegaConf.load(path)
-    cfg = from_composed(OmegaConf.merge(read, OmegaConf.from_dotlist(list(overrides))))
+    try:
+        composed = OmegaConf.load(path)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
+        raise ConfigError(f"{path} cannot be read ({reason}).") from None
+    if not isinstance(composed, DictConfig):
+        raise ConfigError(f"{path} holds no configuration.")
+    cfg = from_composed(OmegaConf.merge(composed, OmegaConf.from_dotlist(list(overrides))))
     home.expand(cfg)
     return cfg
 
@@ -45,9 +53,16 @@ def recorded(cfg: RunConfig) -> dict[str, Any]:
 
 def plain(cfg: RunConfig) -> dict[str, Any]:
     """Return the configuration as plain dicts, lists, strings and numbers."""
-    container = OmegaConf.to_container(OmegaConf.structured(cfg), resolve=True, enum_to_str=True)
-    assert isinstance(container, dict)
-    return typing.cast(dict[str, Any], container)
+    said = repr(cfg)
+    if said not in _last:  # a plan asks for the same one once a stage, and OmegaConf takes its time
+        container = OmegaConf.to_container(OmegaConf.structured(cfg), resolve=True, enum_to_str=True)
+        assert isinstance(container, dict)
+        _last.clear()
+        _last[said] = typing.cast(dict[str, Any], container)
+    return copy.deepcopy(_last[said])
+
+
+_last: dict[str, dict[str, Any]] = {}  # the last configuration in plain form, by its repr
 
 
 def from_composed(composed: Any) -> RunConfig:

@@ -23,8 +23,12 @@ HEAVY = {
 DRIVER = {"cli", "compose", "doctor", "launch", "pipeline", "resolve", "smoke", "worker"}
 DRIVER |= {f"cluster.{name}" for name in ("job", "script", "status", "submit")}
 DRIVER |= {f"lock.{name}" for name in ("hold", "hub", "record")}
+# What looks at runs, too: it plans, and asks the plan what a run refers to.
+LOOKS = ("diff", "runs")
 LIGHT = (
     "cli",
+    "diff.command",
+    "runs.command",
     "pipeline",
     "pins",
     "artifacts",
@@ -66,6 +70,7 @@ def module_name(file: Path) -> str:
 
 
 FILES = {module_name(file): file for file in ROOT.rglob("*.py")}
+DRIVER |= {name for name in FILES if name.split(".")[0] in LOOKS}
 
 
 @functools.cache

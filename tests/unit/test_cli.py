@@ -53,7 +53,18 @@ def test_help_explains_every_verb_and_every_recipe(
     assert said.startswith(f"ftpipe {ftpipe.__version__}: ")
     for stage in STAGES.values():
         assert f"  {stage.name:9} up to this stage: {stage.does}\n" in said
-    for verb in ("run", "plan", "submit", "status", "lock", "recipes", "doctor"):
+    for verb in (
+        "run",
+        "plan",
+        "submit",
+        "status",
+        "verify",
+        "lock",
+        "diff",
+        "runs",
+        "recipes",
+        "doctor",
+    ):
         assert f"\n  {verb} " in said
     for file in compose.shipped("recipes").glob("*.yaml"):
         assert f"\n  {file.stem} " in said
@@ -259,6 +270,9 @@ def test_a_reader_that_goes_away_is_no_error(unbuffered: str) -> None:
         ["plan", "recipe=qlora-llama7b"],
         ["submit", "recipe=tiny", "launch=slurm-cpu", "--dry-run"],
         ["status"],
+        ["diff", "recipe=tiny", "recipe=tiny-dpo"],
+        ["runs"],
+        ["runs", "lineage", "x"],
         ["recipes"],
         ["run", "recipe=tiny", "lr=1"],
     ],

@@ -279,3 +279,34 @@ def test_no_target_anywhere() -> None:
         assert "_target_" not in file.read_text(encoding="utf-8"), file
     for source in SOURCE.rglob("*.py"):
         assert "_target_" not in source.read_text(encoding="utf-8"), source
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"a: [", "run.yaml cannot be read ("),
+        (b"\xff\xfe\x00", "run.yaml cannot be read ("),
+        (b"- a\n", "run.yaml holds no configuration."),
+        (None, "run.yaml cannot be read (No such file or directory)."),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_one_sentence(
+    content: bytes | None, said: str, empty_folder: Path
+) -> None:
+    if content is not None:
+        Path("run.yaml").write_bytes(content)
+    with pytest.raises(ConfigError) as refused:
+        schema.load(Path("run.yaml"))
+    assert str(refused.value).startswith(said) and "\n" not in str(refused.value)
+
+
+def test_the_plain_form_is_that_of_the_moment() -> None:
+    cfg = RunConfig()
+    first = schema.plain(cfg)
+    first["seed"], first["model"]["architecture"]["x"] = 99, 1  # the caller's own
+    assert schema.plain(cfg)["seed"] == 0 and schema.plain(cfg)["model"]["architecture"] == {}
+    cfg.model.architecture["x"] = 2
+    cfg.sft.learning_rate = 1e-3
+    again = schema.plain(cfg)
+    assert (again["model"]["architecture"], again["sft"]["learning_rate"]) == ({"x": 2}, 1e-3)
+    assert again == OmegaConf.to_container(OmegaConf.structured(cfg), resolve=True, enum_to_str=True)

@@ -52,7 +52,9 @@ class Recorded:
         for stage, name in names.items():
             path = root / "artifacts" / name
             if not (path / artifacts.MANIFEST).is_file():
-                raise UserError(f"{path}, which the run made, is gone; run the recipe again.")
+                raise UserError(
+                    f"{path} is not there: the run was not finished, or it was removed; run it again."
+                )
             made[stage] = artifacts.open_artifact(path)
         return cls(folder, cfg, made)
 

@@ -1,7 +1,7 @@
 """The trace that a recipe ships: what its trainings did where it was written, for everybody to compare.
 
-It lies beside the recipe as ``NAME.trace.json``. Other hardware rounds otherwise, so numbers are compared
-within ``traces.TOLERANCE`` there; rows are the same everywhere.
+It lies beside the recipe as ``NAME.trace.json``. Other hardware rounds otherwise, so numbers are
+compared within ``traces.TOLERANCE`` there; rows are the same everywhere.
 """
 
 from __future__ import annotations

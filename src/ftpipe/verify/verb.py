@@ -124,7 +124,7 @@ def _checked(word: str) -> str:
 
 
 def main(words: Sequence[str]) -> int:
-    """Verify a run or a recipe; print the report, return 0 where all is equal, 1 where something differs.
+    """Verify a run or a recipe; print the report, return 0 where all is equal and 1 where not.
 
     Raises:
         UserError: if there is no such run, or its record is damaged.
@@ -151,9 +151,7 @@ def _run(asked: Asked, scratch: Path) -> Report:
         raise UserError(f"{folder} holds no run.yaml; give the folder of a run, or an archive of one.")
     cfg = schema.load(folder / "run.yaml", asked.overrides)
     cfg.check()
-    verification = Verification(
-        Recorded.of(folder, cfg), scratch, asked.steps, asked.full, asked.stages
-    )
+    verification = Verification(Recorded.of(folder, cfg), scratch, asked.steps, asked.full, asked.stages)
     for doing in verification:
         _say(doing)
     return verification.report

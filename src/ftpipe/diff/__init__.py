@@ -1,0 +1,1 @@
+"""``ftpipe diff``: what two runs, artifacts or recipes have not in common."""
