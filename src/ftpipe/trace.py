@@ -102,6 +102,33 @@ def of_texts(texts: Iterable[str]) -> str:
     return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:DIGITS]
 
 
+def of_batch(batch: Mapping[str, Any]) -> list[str]:
+    """Return a digest of each row of a batch, without what pads it to the length of the others.
+
+    So what the rows of a step are does not depend on how they are split over micro-batches and ranks,
+    except where they are laid end to end for flash attention.
+
+    Args:
+        batch: tensors; each ``input_ids`` (N, L), also behind a prefix, with what has its shape and its
+            prefix: labels, and the mask that tells padding apart.
+    """
+    found = []
+    for name in sorted(batch):
+        prefix = name.removesuffix("input_ids")
+        if prefix == name:
+            continue
+        ids_NL = batch[name]
+        beside = {
+            other: value
+            for other, value in sorted(batch.items())
+            if other.startswith(prefix) and isinstance(value, Tensor) and value.shape == ids_NL.shape
+        }
+        mask_NL = beside.get(f"{prefix}attention_mask", torch.ones_like(ids_NL)).bool()
+        for row, mask_L in enumerate(mask_NL):
+            found.append(of_tensors((other, value[row][mask_L]) for other, value in beside.items()))
+    return found
+
+
 def of_rows(rows: Iterable[Sequence[int]]) -> str:
     """Return a digest of rows of token ids."""
     return of_texts(json.dumps(list(row)) for row in rows)

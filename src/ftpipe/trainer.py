@@ -47,7 +47,7 @@ class Ordered(Trainer):
         self.tokens_seen = 0
         self.due = True
         self.trace: Trace | None = None
-        self._traced: list[tuple[torch.Tensor, str]] = []  # loss and rows of a step's micro-batches
+        self._traced: list[tuple[torch.Tensor, list[str]]] = []  # loss and rows of its micro-batches
         super().__init__(**options)
 
     def unlogged(self) -> dict[str, Any]:
@@ -115,8 +115,7 @@ class Ordered(Trainer):
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
         number = self.state.global_step + 1
         on_record = self.trace is not None and (self.trace.has(number) or number == self.state.max_steps)
-        tensors = [(name, value) for name, value in inputs.items() if isinstance(value, torch.Tensor)]
-        rows = trace.of_tensors(sorted(tensors)) if on_record else ""
+        rows = trace.of_batch(inputs) if on_record else []
         loss = super().training_step(model, inputs, num_items_in_batch)
         if on_record:
             self._traced.append((loss.detach(), rows))
@@ -131,7 +130,7 @@ class Ordered(Trainer):
         """Put the step that was just made on record: what all ranks made of it."""
         own = torch.stack([loss for loss, _ in self._traced]).sum()
         loss = self.accelerator.reduce(own, reduction="mean")
-        rows: list[str] = gather_object([rows for _, rows in self._traced])
+        rows: list[str] = gather_object([row for _, rows in self._traced for row in rows])
         self._traced = []
         assert self.trace is not None
         self.trace.step(
@@ -139,7 +138,7 @@ class Ordered(Trainer):
             loss=loss.item(),
             grad_norm=norm,
             learning_rate=rate,
-            data=trace.of_texts(rows),
+            data=trace.of_texts(sorted(rows)),
         )
 
     def weights(self) -> dict[str, str]:

@@ -20,11 +20,11 @@ HEAVY = {
     "datasketch",
 }
 # The driver composes, plans and launches; the work below it knows nothing of that.
-DRIVER = {"cli", "compose", "doctor", "launch", "pipeline", "resolve", "smoke", "worker"}
+DRIVER = {"cli", "compose", "doctor", "launch", "pipeline", "resolve", "seeds", "smoke", "worker"}
 DRIVER |= {f"cluster.{name}" for name in ("job", "script", "status", "submit")}
 DRIVER |= {f"lock.{name}" for name in ("hold", "hub", "record")}
-# What looks at runs, too: it plans, and asks the plan what a run refers to.
-LOOKS = ("diff", "runs")
+# What looks at runs, too: it plans, asks the plan what a run refers to, makes its stages again.
+LOOKS = ("diff", "runs", "verify")
 LIGHT = (
     "cli",
     "diff.command",

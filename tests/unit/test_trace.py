@@ -80,6 +80,44 @@ def test_a_digest_is_of_name_kind_shape_and_bytes() -> None:
     assert trace.of_tensors([("x", torch.zeros(0, dtype=torch.bfloat16))]) != known
 
 
+def padded(*rows: list[int], left: bool = False) -> dict[str, torch.Tensor]:
+    """Return rows as a batch, with labels that ignore the first token of each."""
+    longest = max(map(len, rows))
+    filled = [[0] * (longest - len(row)) for row in rows]
+
+    def laid(values: list[list[int]], fill: int) -> torch.Tensor:
+        pads = [[fill] * len(pad) for pad in filled]
+        whole = [pad + row if left else row + pad for row, pad in zip(values, pads, strict=True)]
+        return torch.tensor(whole)
+
+    return {
+        "input_ids": laid(list(rows), 0),
+        "labels": laid([[-100, *row[1:]] for row in rows], -100),
+        "attention_mask": laid([[1] * len(row) for row in rows], 0),
+        "tokens": torch.tensor(sum(map(len, rows))),
+    }
+
+
+def test_rows_of_a_step_are_the_same_however_they_are_split_and_padded() -> None:
+    rows = [1, 2, 3], [4, 5], [0, 6]  # a token may be the one that pads
+    whole = trace.of_batch(padded(*rows))
+    assert len(set(whole)) == 3
+    assert [*trace.of_batch(padded(rows[0])), *trace.of_batch(padded(*rows[1:]))] == whole
+    assert trace.of_batch(padded(*rows, left=True)) == whole
+
+
+def test_another_token_mask_or_label_is_another_row() -> None:
+    known = trace.of_batch(padded([1, 2, 3]))
+    assert trace.of_batch(padded([1, 2, 4])) != known
+    for name in ("labels", "attention_mask"):
+        batch = padded([1, 2, 3])
+        batch[name][0, 1] = 0
+        assert trace.of_batch(batch) != known
+    batch = padded([1, 2, 3])
+    batch |= {f"mismatched_{name}": value for name, value in padded([7, 8]).items()}
+    assert trace.of_batch(batch)[0] == known[0] and len(trace.of_batch(batch)) == 2
+
+
 def test_rows_that_are_cut_elsewhere_are_others() -> None:
     assert trace.of_rows([[1, 2], [3]]) != trace.of_rows([[1], [2, 3]])
     assert trace.of_rows([[1, 2], [3]]) != trace.of_rows([[1, 23]])

@@ -10,10 +10,11 @@ from typing import Any
 
 from ftpipe import artifacts
 from ftpipe.artifacts import MANIFEST, Artifact, digest, digests
+from ftpipe.trace import INITIAL, TRACE
 from ftpipe.verify.findings import Finding, Layer
 
-# They hold times, or say where a run lay; nothing reads them that computes.
-UNREAD = ("metrics.jsonl", "uncommitted.diff", "samples.md", "README.md")
+# They hold times, or say where a run lay, or are compared by themselves; nothing computes with them.
+UNREAD = ("metrics.jsonl", "uncommitted.diff", "samples.md", "README.md", TRACE, INITIAL)
 ADAPTER, BASE = "adapter_config.json", "base_model_name_or_path"  # of PEFT
 SHOWN = 60  # characters of a value
 
