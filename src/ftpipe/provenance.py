@@ -69,7 +69,7 @@ def collect(typed: Sequence[str]) -> dict[str, Any]:
 
 def command(typed: Sequence[str]) -> str:
     """Return a command as a shell takes it, without secrets and without the user's name."""
-    return str(redact(shlex.join(SECRET_WORD.sub(r"\1x", word) for word in typed)))
+    return home.short(redact(shlex.join(SECRET_WORD.sub(r"\1x", word) for word in typed)))
 
 
 def words(typed: Sequence[str]) -> list[str]:
