@@ -6,6 +6,7 @@ import hashlib
 import sys
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import torch
 
@@ -53,8 +54,6 @@ def test_what_was_not_loaded_is_not_asked(cfg: RunConfig, monkeypatch: pytest.Mo
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a cache as huggingface_hub lays it out: a dataset of a file in LFS and one in git."""
-    import huggingface_hub.constants
-
     root = tmp_path / "hub"
     repository = root / "datasets--maker--rows"
     snapshot = repository / "snapshots" / COMMIT

@@ -257,7 +257,10 @@ def test_a_package_that_is_not_as_locked_is_recorded(
     assert lock is not None and lock["differs"] == here
 
 
-def test_what_only_a_gpu_needs_may_be_missing_but_not_other(checkout: Path) -> None:
+def test_what_only_a_gpu_needs_may_be_missing_but_not_other(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(provenance, "PACKAGES", ("no-such-thing", "trl"))
     locked(checkout, "no-such-thing==1", "trl==0.0.1", file="requirements-cuda.lock")
     assert set(provenance.differs()) == {"trl"}
 
