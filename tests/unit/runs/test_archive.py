@@ -404,6 +404,7 @@ def edit(name: str, change: Callable[[Any], object]) -> Callable[[Members], obje
         (lambda found: add(found, "artifacts/a/b", tarfile.CHRTYPE), "which is a device"),
         (lambda found: add(found, "artifacts/a/b", tarfile.FIFOTYPE), "which is a device"),
         (lambda found: add(found, "artifacts/a/b", tarfile.DIRTYPE), "which is a folder"),
+        (lambda found: add(found, "artifacts/a/b", tarfile.GNUTYPE_SPARSE), "which is sparse"),
         (lambda found: add(found, "inputs/a/b"), "holds, besides what its index lists, inputs/a/b"),
         (lambda found: found.pop("inputs.json"), "lacks inputs.json; it is not used."),
         (lambda found: found.pop("archive.json"), "has no archive.json: it is cut off, or "),
@@ -432,6 +433,16 @@ def test_what_is_odd_is_refused_and_leaves_nothing(
     sentence = unpacking(rewritten(change))
     assert sentence.startswith("odd.tar") and said in sentence and "\n" not in sentence
     assert not Path("up").exists()
+
+
+def test_a_member_that_is_there_twice_is_refused(cfg: RunConfig) -> None:
+    exported(made.run(cfg, "model"))
+    with tarfile.open(TAR, "a") as tar:
+        member = tar.getmember("inputs.json")
+        file = tar.extractfile(member)
+        assert file is not None
+        tar.addfile(member, io.BytesIO(file.read()))
+    assert unpacking(TAR) == "run.tar holds inputs.json twice; it is not used."
 
 
 def forged(name: str, change: Callable[[bytes], bytes]) -> Path:
