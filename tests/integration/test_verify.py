@@ -227,3 +227,53 @@ def test_other_hardware_may_round_otherwise_and_no_more(
     _, report = verified(capsys, run, "--stage", "sft")
     steps = [one for one in report["findings"] if one["layer"] == "steps"]
     assert not steps[0]["tolerated"]
+
+
+def test_a_run_verifies_from_its_archive_in_another_folder(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["runs", "export", str(run), "--to", "run.tar"]) == 0
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    Path("run.tar").rename(elsewhere / "run.tar")
+    Path("rows.json").unlink()  # they are in the archive
+    shutil.rmtree("outputs")
+    monkeypatch.chdir(elsewhere)
+    code, report = verified(capsys, Path("run.tar"), "--full")
+    assert (code, report["findings"]) == (0, [])
+    assert [path.name for path in elsewhere.iterdir()] == ["run.tar"]
+
+
+RECIPE = """\
+defaults: [tiny]
+sft: {samples: 0, max_steps: 6}
+launch: {threads: 1}
+"""
+
+
+def test_a_recipe_is_held_to_the_trace_that_it_ships(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("recipes").mkdir()
+    Path("recipes/mine.yaml").write_text(RECIPE)
+    assert cli.main(["verify", "recipe=mine"]) == 2
+    assert "ships no trace" in capsys.readouterr().err
+    assert cli.main(["verify", "recipe=mine", "--write"]) == 0
+    capsys.readouterr()
+    assert cli.main(["verify", "recipe=mine", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["findings"] == []
+    assert {one["layer"] for one in report["compared"]} >= {"initial weights", "steps"}
+
+    shipped = Path("recipes/mine.trace.json")
+    told = json.loads(shipped.read_text())
+    line = json.loads(told["stages"]["sft"]["steps"][3])
+    told["stages"]["sft"]["steps"][3] = json.dumps({**line, "loss": line["loss"] * (1 + 1e-5)})
+    shipped.write_text(json.dumps(told))
+    assert cli.main(["verify", "recipe=mine"]) == 1  # here it is the same to the last bit
+    assert "step 4: loss" in capsys.readouterr().out
+    told["stages"]["sft"]["provenance"]["hardware"]["cpu"] = "another"
+    shipped.write_text(json.dumps(told))
+    assert cli.main(["verify", "recipe=mine"]) == 0  # elsewhere it may round otherwise
+    assert "equal, within what other hardware may do" in capsys.readouterr().out

@@ -310,7 +310,7 @@ def test_paths_below_the_home_are_not_in_the_job_and_the_rank_finds_them(
 
 
 def made_before(folder: Path) -> Artifact:
-    return Artifact("dataset", "prepare", "0" * 16, folder / "before", {})
+    return Artifact("dataset", "prepare", "0" * 16, folder / "before", {"files": {}})
 
 
 def test_ranks_are_those_of_all_nodes(cfg: RunConfig) -> None:
