@@ -52,6 +52,11 @@ lock-recipe: ## pin a recipe to its inputs' commits and digests and to package v
 lock-recipe: $(READY)
 	@$(BIN)/ftpipe lock $(RECIPE) $(ARGS)
 
+.PHONY: verify
+verify: ## make a run again and say where the two part; args=RUN, or recipe=NAME for the trace it ships
+verify: $(READY)
+	@$(BIN)/ftpipe $@ $(RECIPE) $(ARGS)
+
 .PHONY: status
 status: ## say what became of submitted jobs; args=RUN for another than the newest
 status: $(READY)
@@ -63,7 +68,7 @@ doctor: ## say what this machine can run and what is missing
 recipes doctor: $(READY)
 	@$(BIN)/ftpipe $@
 
-.PHONY: test test-slow bench-sft bench-prepare bench-preferences bench-ppo bench-ppo-learning bench-ppo-memory
+.PHONY: test test-slow bench-sft bench-prepare bench-preferences bench-ppo bench-ppo-learning bench-ppo-memory bench-kills
 test: ## run the fast tests; args="-k name" for some of them
 test: $(READY)
 	$(BIN)/pytest -n auto --maxprocesses 4 -m 'not slow' $(ARGS)
@@ -85,6 +90,9 @@ bench-ppo: $(READY)
 bench-ppo-learning: ## see what PPO learns, against known truths, over several seeds
 bench-ppo-learning: $(READY)
 	$(BIN)/python benchmarks/ppo_learning.py $(ARGS)
+bench-kills: ## kill every stage at random moments and compare what it ends with
+bench-kills: $(READY)
+	$(BIN)/python benchmarks/kills.py $(ARGS)
 bench-ppo-memory: ## measure PPO's memory with four roles on one 4-bit base of 7B; needs a GPU
 bench-ppo-memory: $(READY)
 	$(BIN)/python benchmarks/ppo_memory.py $(ARGS)

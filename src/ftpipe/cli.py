@@ -32,8 +32,8 @@ usage: ftpipe VERB recipe=NAME [key=value ...] [-m]
   submit    the same as jobs of Slurm, with launch=slurm-...: a job for each stage that is to be made
               --dry-run: show the scripts, submit nothing
   status    what became of the jobs: [RUN], a run's folder; without it the newest
-  verify    make a run again from its record and say where the two part: RUN, a run's folder, or an
-              archive of one; recipe=NAME: make the recipe and compare it with the trace it ships
+  verify    make a run again from its record and say where the two part: RUN, or an archive of one;
+              recipe=NAME: make the recipe and compare it with the trace it ships (--write ships it)
               --steps K: of each training; --full: to its last weight; --stage NAME: this one alone
               --json; --scratch DIR: keep what is made there; launch.KEY=value: what this machine has
   lock      pin the recipe to what its inputs and packages are now: commits, digests, versions

@@ -201,6 +201,13 @@ def test_what_was_changed_is_named(
     assert says in report["first"]["says"]
 
 
+def test_a_run_is_found_by_the_beginning_of_its_name(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, report = verified(capsys, Path("tiny"), "--stage", "prepare")
+    assert (code, report["equal"]) == (0, True)
+
+
 def test_a_changed_byte_is_found_in_its_row_too(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other_byte(pytest.MonkeyPatch(), run)
     _, report = verified(capsys, run, "--stage", "prepare")

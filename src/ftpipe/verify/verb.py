@@ -11,15 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ftpipe import schema
-from ftpipe.errors import ConfigError, UserError, unknown
+from ftpipe.config import RunConfig
+from ftpipe.errors import ConfigError, unknown
 from ftpipe.resolve import resolved
+from ftpipe.runs import find
 from ftpipe.runs.unpack import unpack
 from ftpipe.verify import reference
 from ftpipe.verify.compare import Recorded, Verification
 from ftpipe.verify.findings import Report
 
 FLAGS, VALUES = ("--full", "--json", "--write"), ("--steps", "--stage", "--scratch")
-RECIPE = "recipe="
+RECIPE, OUTPUT = "recipe=", "output="
 OWN = ("launch.", "tracking.")  # what a machine may ask for, without it being another run
 
 
@@ -28,8 +30,8 @@ class Asked:
     """What the words say.
 
     Attributes:
-        run: a run's folder, or an archive of one; None: the recipe is made, and compared with what it
-            ships.
+        run: a run's folder, the beginning of its name in ``output``, or an archive of one; None: the
+            recipe is made, and compared with what it ships.
         write: ship what the recipe does here.
         steps: of each training; None: those on record from its beginning.
         scratch: where stages are made again and stay; None: a folder that is removed.
@@ -37,6 +39,7 @@ class Asked:
     """
 
     run: Path | None
+    output: Path
     recipe: str
     write: bool
     steps: int | None
@@ -55,7 +58,9 @@ def parse(words: Sequence[str]) -> Asked:
     """
     plain, values = _options(words)
     recipes = [word.removeprefix(RECIPE) for word in plain if word.startswith(RECIPE)]
-    overrides = [_checked(word) for word in plain if "=" in word and not word.startswith(RECIPE)]
+    outputs = [word.removeprefix(OUTPUT) for word in plain if word.startswith(OUTPUT)]
+    others = [word for word in plain if "=" in word and not word.startswith((RECIPE, OUTPUT))]
+    overrides = [_checked(word) for word in others]
     runs = [word for word in plain if "=" not in word]
     if len(runs) + len(recipes) != 1:
         raise ConfigError(
@@ -74,6 +79,7 @@ def parse(words: Sequence[str]) -> Asked:
         raise ConfigError(f"--scratch={scratch} is not empty; give a folder of its own.")
     return Asked(
         run=Path(runs[0]) if runs else None,
+        output=Path(outputs[-1] if outputs else RunConfig.output),
         recipe=recipes[0] if recipes else "",
         write="--write" in values,
         steps=int(steps[0]) if steps else None,
@@ -146,9 +152,10 @@ def main(words: Sequence[str]) -> int:
 
 def _run(asked: Asked, scratch: Path) -> Report:
     assert asked.run is not None
-    folder = unpack(asked.run, scratch / "archive") if asked.run.is_file() else asked.run
-    if not (folder / "run.yaml").is_file():
-        raise UserError(f"{folder} holds no run.yaml; give the folder of a run, or an archive of one.")
+    if asked.run.is_file():
+        folder = unpack(asked.run, scratch / "archive")
+    else:
+        folder = find.run(str(asked.run), asked.output).folder
     cfg = schema.load(folder / "run.yaml", asked.overrides)
     cfg.check()
     verification = Verification(Recorded.of(folder, cfg), scratch, asked.steps, asked.full, asked.stages)

@@ -52,7 +52,7 @@ def test_a_folder_in_use_is_no_scratch(tmp_path: Path) -> None:
 
 def test_what_is_no_run_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["verify", str(tmp_path)]) == 2
-    assert "holds no run.yaml" in capsys.readouterr().err
+    assert "there is no run" in capsys.readouterr().err
     (tmp_path / "run.yaml").write_text("{}")
     assert cli.main(["verify", str(tmp_path), "launch.procesess=2"]) == 2
     assert "launch.processes" in capsys.readouterr().err
