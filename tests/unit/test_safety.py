@@ -76,7 +76,7 @@ def home_of_ada(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     bad: list[dict[str, object]] = [
         {"instruction": question, "output": "x"},
         {"instruction": 3},
-        rows[0],
+        dict(rows[0]),
         {"instruction": "Go on.", "output": "on and " * 400},
     ]
     (home / "rows.json").write_text(json.dumps([*rows, *bad]), encoding="utf-8")
