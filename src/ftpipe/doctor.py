@@ -132,12 +132,13 @@ def _wandb() -> Finding:
 
 def _lock() -> Finding:
     """Compare the installed packages with the lock files of the checkout."""
-    if provenance.lock() is None:
+    lock = provenance.lock(provenance.installed())
+    if lock is None:
         return False, "no requirements.lock beside this installation"
     off = [
         f"{name} {off['installed']} != {off['locked']}"
         if off["installed"]
         else f"{name} is not installed, {off['locked']} is locked"
-        for name, off in provenance.differs().items()
+        for name, off in lock["differs"].items()
     ]
     return not off, "; ".join(off) if off else "installed versions are the locked ones"

@@ -48,6 +48,17 @@ def short_path(path: str) -> str:
     return "~" + path[len(home) :]
 
 
+def from_here(path: str) -> str:
+    """Return a path below the home as it is found from the working directory, if that is below it too.
+
+    For files that other programs read, which take ``~`` for a name.
+    """
+    home, here = folder(), os.getcwd()
+    if home is None or not all(f"{place}/".startswith(f"{home}/") for place in (path, here)):
+        return path
+    return os.path.relpath(path, here)
+
+
 def full(path: str) -> str:
     """Replace a leading ``~``.
 

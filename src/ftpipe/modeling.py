@@ -13,6 +13,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
+from ftpipe import home
 from ftpipe.choices import Dtype, Method, Precision
 from ftpipe.config import AdapterConfig, ModelConfig, RunConfig
 from ftpipe.errors import ConfigError, ModelError, nearest
@@ -120,9 +121,12 @@ def text_config(where: str, revision: str | None, trust_remote_code: bool) -> An
 
 
 def base_path(model: ModelConfig, base: Path | None) -> str:
-    """Return where plain transformers finds the base model: a folder, or a hub id."""
+    """Return where plain transformers finds the base model: a folder, or a hub id.
+
+    An adapter's configuration repeats it, so it names no home where it need not.
+    """
     assert base is not None or model.path is not None
-    return str(base) if base is not None else str(model.path)
+    return home.from_here(str(base) if base is not None else str(model.path))
 
 
 def load_base(cfg: RunConfig, base: Path | None) -> PreTrainedModel:

@@ -131,7 +131,7 @@ def _lines(tree: yaml.MappingNode, prefix: str) -> Iterator[tuple[str, int]]:
         key = f"{prefix}{name.value}"
         if isinstance(value, yaml.MappingNode) and value.value:
             yield from _lines(value, f"{key}.")
-        elif isinstance(value, yaml.ScalarNode) and value.style not in ("|", ">"):
+        elif isinstance(value, yaml.ScalarNode):  # in one line or quoted: OmegaConf writes no others
             yield key, value.end_mark.line
         else:
             yield key, name.end_mark.line

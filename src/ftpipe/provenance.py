@@ -10,7 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +56,14 @@ DIGITS = 16  # of a source file's SHA-256
 
 def collect(typed: Sequence[str]) -> dict[str, Any]:
     """Return what can be known before a stage runs: code, packages, hardware, command."""
+    have = installed()
     return {
         "command": command(typed),
         "git": git(),
         "source": source(),
-        "lock": lock(),
+        "lock": lock(have),
         "python": platform.python_version(),
-        "packages": installed(),
+        "packages": have,
         "hardware": hardware(),
     }
 
@@ -125,16 +126,19 @@ def _versions(names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def lock() -> dict[str, Any] | None:
+def lock(have: Mapping[str, str]) -> dict[str, Any] | None:
     """Return the digest of each lock file of the checkout, and under ``differs`` what is not as locked.
 
     None where ftpipe was installed without one.
+
+    Args:
+        have: as ``installed`` has it.
     """
     files = {path.name: digest(path) for path in _locks()}
-    return {**files, "differs": differs()} if files else None
+    return {**files, "differs": differs(have)} if files else None
 
 
-def differs() -> dict[str, dict[str, str | None]]:
+def differs(have: Mapping[str, str]) -> dict[str, dict[str, str | None]]:
     """Return each package of another version than the lock files say: ``locked`` and ``installed``.
 
     torch's ``+cpu`` is a build of the same version. Of packages that are not installed, those count
@@ -142,9 +146,7 @@ def differs() -> dict[str, dict[str, str | None]]:
     """
     found: dict[str, dict[str, str | None]] = {}
     for path in _locks():
-        listed = _listed(path)
-        have = _versions(listed)
-        for name, (locked, condition) in listed.items():
+        for name, (locked, condition) in _listed(path).items():
             if name in have:
                 off = public(have[name]) != public(locked)
             else:

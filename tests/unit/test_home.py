@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ftpipe import home, pipeline, schema
+from ftpipe import home, modeling, pipeline, schema
 from ftpipe.choices import EvalFormat
-from ftpipe.config import EvalSetConfig, RunConfig
+from ftpipe.config import EvalSetConfig, ModelConfig, RunConfig
 from ftpipe.errors import ConfigError
 
 HOME = "/home/ada"
@@ -72,6 +72,24 @@ def test_a_rank_takes_its_drivers_home(monkeypatch: pytest.MonkeyPatch) -> None:
     # in a container HOME may be another; the driver's paths are meant
     monkeypatch.setenv(home.HOME, "/data/home/ada")
     assert home.full("~/x") == "/data/home/ada/x"
+
+
+def test_what_other_programs_read_is_found_from_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ada" / "project").mkdir(parents=True)
+    (tmp_path / "ada" / "base").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "ada"))
+    monkeypatch.chdir(tmp_path / "ada" / "project")
+    base = str(tmp_path / "ada" / "base")
+    assert home.from_here(base) == "../base"
+    assert Path("../base").samefile(base)
+    assert modeling.base_path(ModelConfig(path=base), None) == "../base"
+    assert modeling.base_path(ModelConfig(), Path(base)) == "../base"
+    for other in ("maker/base", "outputs/artifacts/x", "/data/base", str(tmp_path / "adam")):
+        assert home.from_here(other) == other
+    monkeypatch.chdir(tmp_path)  # from where the way would name the home
+    assert home.from_here(base) == base
 
 
 def test_the_home_of_nobody_is_refused() -> None:

@@ -113,17 +113,27 @@ def test_what_is_deleted_has_no_origin() -> None:
     assert [key for key in found if key.startswith(f"{SOURCES}.oasst1.")]
 
 
-def test_what_is_deleted_and_given_anew_keeps_nothing_of_before(recipe: Write) -> None:
+@pytest.mark.parametrize("new_first", [True, False])  # either way it is deleted, then set
+def test_what_is_deleted_and_given_anew_keeps_nothing_of_before(new_first: bool, recipe: Write) -> None:
     recipe("mine", "defaults: [tiny]\ndata: {sources: {alpaca: {count: 5}}}\n")
     new = f"{SOURCES}.alpaca={{format: alpaca, path: 'sample:alpaca.json'}}"
-    (run,) = resolved(["recipe=mine", f"~{SOURCES}.alpaca", new])
+    gone = f"~{SOURCES}.alpaca"
+    (run,) = resolved(["recipe=mine", *((new, gone) if new_first else (gone, new))])
     assert run.cfg.data.sources["alpaca"].count is None
     assert run.told[f"{SOURCES}.alpaca.count"] == "default"
+    assert run.told[f"{SOURCES}.alpaca.path"] == "command line"
 
 
 def test_an_empty_group_is_of_who_emptied_it() -> None:
     assert told("recipe=tiny")["data.decontaminate"] == "default"
     assert told("recipe=tiny", "data.decontaminate={}")["data.decontaminate"] == "command line"
+
+
+def test_an_empty_group_of_a_recipe_takes_nothing_away(recipe: Write) -> None:
+    recipe("mine", "defaults: [tiny]\ndata: {sources: {}}\n")
+    (run,) = resolved(["recipe=mine"])
+    assert run.cfg.data.sources["alpaca"].path
+    assert run.told[f"{SOURCES}.alpaca.path"] == "group data=sample"
 
 
 def test_a_key_behind_plus_is_the_command_lines() -> None:

@@ -216,9 +216,9 @@ def locked(checkout: Path, *lines: str, file: str = "requirements.lock") -> None
 def test_packages_as_locked_differ_in_nothing(checkout: Path) -> None:
     torch = version("torch").partition("+")[0]
     locked(checkout, f"trl=={version('trl')}", f"torch=={torch}", f"PyYAML=={version('pyyaml')}")
-    assert provenance.differs() == {}
+    assert provenance.differs(provenance.installed()) == {}
     locked(checkout, f"torch=={torch}+cpu ; sys_platform == 'linux'")
-    assert provenance.differs() == {}
+    assert provenance.differs(provenance.installed()) == {}
     assert provenance.installed()["torch"] == version("torch")  # with its build
 
 
@@ -252,7 +252,7 @@ def test_a_package_that_is_not_as_locked_is_recorded(
         name: {"locked": v, "installed": real(name) if installed else None}
         for name, v in locked_.items()
     }
-    assert provenance.differs() == here
+    assert provenance.differs(provenance.installed()) == here
     lock = provenance.collect(["x"])["lock"]
     assert lock is not None and lock["differs"] == here
 
@@ -262,7 +262,7 @@ def test_what_only_a_gpu_needs_may_be_missing_but_not_other(
 ) -> None:
     monkeypatch.setattr(provenance, "PACKAGES", ("no-such-thing", "trl"))
     locked(checkout, "no-such-thing==1", "trl==0.0.1", file="requirements-cuda.lock")
-    assert set(provenance.differs()) == {"trl"}
+    assert set(provenance.differs(provenance.installed())) == {"trl"}
 
 
 def test_the_code_is_recorded_file_by_file(checkout: Path) -> None:
