@@ -31,7 +31,7 @@ from ftpipe.choices import State
 from ftpipe.config import RunConfig
 from ftpipe.errors import DataError, UserError
 from ftpipe.logs import progress
-from ftpipe.pins import PINS, TEXT_FILES, WEIGHTS, Digests, local_data, local_model
+from ftpipe.pins import MEMORY, PINS, TEXT_FILES, WEIGHTS, Digests, local_data, local_model
 from ftpipe.runs import records
 from ftpipe.runs.lineage import key_of
 from ftpipe.runs.records import LISTED, ORIGINS, RUN, Piece, Run
@@ -102,8 +102,8 @@ def members_of(run: Run, with_inputs: bool) -> dict[str, Member]:
     table: dict[str, str] = {}
     if with_inputs:
         cfg = schema.load(run.folder / RUN)
-        _check_pins(cfg, pieces)
-        digests = Digests()
+        digests = Digests(records.root_of(run.folder) / "artifacts" / MEMORY)  # as a plan has it
+        _check_pins(cfg, pieces, digests)
         for key, place in outside_files(cfg, pieces).items():
             table[key], files = _input(key, place, digests)
             members |= files
@@ -138,14 +138,14 @@ def _files(piece: Piece) -> dict[str, Member]:
     }
 
 
-def _check_pins(cfg: RunConfig, pieces: Mapping[str, Piece]) -> None:
+def _check_pins(cfg: RunConfig, pieces: Mapping[str, Piece], digests: Digests) -> None:
     """Refuse inputs that are not what the run's artifacts were made from."""
     now: dict[str, Mapping[str, str]] = {}
     for piece in pieces.values():
         for name, stated in piece.facts("pins").items():
             group, _, rest = name.partition("/")
             try:
-                now[group] = now.get(group) or PINS[group](cfg, Digests())
+                now[group] = now.get(group) or PINS[group](cfg, digests)
             except UserError as error:
                 raise _gone(str(error)) from None
             if now[group].get(rest) != stated:
