@@ -173,9 +173,22 @@ def test_a_gguf_file_travels(cfg: RunConfig) -> None:
     assert states(run) == [True, True, True]
 
 
+def test_seed_instructions_travel(cfg: RunConfig) -> None:
+    cfg.stages, cfg.data.sources = ["evolve", "prepare"], {}
+    cfg.evolve.seeds.path = "rows.json"
+    cfg.evolve.url, cfg.evolve.model = "http://localhost:1/v1", "a-model"
+    folder = made.run(cfg)
+    assert list(inputs(exported(folder))) == ["evolve.seeds.path"]
+    run = unpack.unpack(TAR, Path("mine"))
+    Path("rows.json").unlink()
+    assert states(run) == [True, True, True]
+
+
 def test_samples_and_random_models_need_no_input(cfg: RunConfig) -> None:
     cfg.data.sources["mine"].path = "sample:alpaca.json"
     assert cfg.model.init is Init.random
+    Path("bytes").mkdir()  # not the tokenizer of that name
+    Path("bytes/tokenizer.json").touch()
     folder = made.run(cfg)
     assert inputs(exported(folder)) == {}
     run = unpack.unpack(TAR, Path("mine"))
