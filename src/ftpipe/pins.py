@@ -18,6 +18,7 @@ from ftpipe.errors import ConfigError, DataError, ModelError
 from ftpipe.evolve.prompts import VERSION as PROMPTS
 from ftpipe.samples import PREFIX, sample_path
 
+MEMORY = ".digests.json"  # beside the artifacts: digests of files, by their state
 BYTES = "bytes"  # model.tokenizer of this name is made by code
 WEIGHTS = ("*.safetensors",)
 TEXT_SUFFIXES = (".json", ".jsonl", ".csv")  # of data files

@@ -15,7 +15,7 @@ from ftpipe.choices import SERVES, Init, PreferenceLoss, RewardKind, Start, Use
 from ftpipe.config import RunConfig
 from ftpipe.data.uses import uses
 from ftpipe.errors import ConfigError, UserError, unknown
-from ftpipe.pins import PINS, Digests
+from ftpipe.pins import MEMORY, PINS, Digests
 from ftpipe.schema import plain, recorded
 from ftpipe.training_config import REFERENCE_FREE
 
@@ -395,7 +395,7 @@ def _group(place: re.Match[str]) -> str:
 
 def _memory(cfg: RunConfig) -> Path:
     """Return where digests of files are remembered."""
-    return Path(cfg.output) / "artifacts" / ".digests.json"
+    return Path(cfg.output) / "artifacts" / MEMORY
 
 
 def read_keys(cfg: RunConfig, stage: Stage) -> dict[str, Any]:

@@ -16,8 +16,6 @@ INITIAL = "initial.json"  # of a trained artifact: rank -> name of a tensor -> d
 
 def rows(stage: str, one: Piece, other: Piece) -> list[dict[str, Any]]:
     """Return a row for the first step, and one for the first initial weight, that differ."""
-    if one.path == other.path:
-        return []
     found = [*_first_weight(one.path / INITIAL, other.path / INITIAL)]
     found += _first_step(one.path / TRACE, other.path / TRACE)
     return [{"stage": stage, **row} for row in found]

@@ -27,11 +27,11 @@ from typing import IO, Any
 
 from ftpipe import __version__, schema
 from ftpipe.artifacts import MANIFEST, SCRATCH
-from ftpipe.choices import State
+from ftpipe.choices import Init, State
 from ftpipe.config import RunConfig
 from ftpipe.errors import DataError, UserError
 from ftpipe.logs import progress
-from ftpipe.pins import PINS, TEXT_FILES, WEIGHTS, Digests, local_data, local_model
+from ftpipe.pins import BYTES, MEMORY, PINS, TEXT_FILES, WEIGHTS, Digests, local_data, local_model
 from ftpipe.runs import records
 from ftpipe.runs.lineage import key_of
 from ftpipe.runs.records import LISTED, ORIGINS, RUN, Piece, Run
@@ -102,8 +102,8 @@ def members_of(run: Run, with_inputs: bool) -> dict[str, Member]:
     table: dict[str, str] = {}
     if with_inputs:
         cfg = schema.load(run.folder / RUN)
-        _check_pins(cfg, pieces)
-        digests = Digests()
+        digests = Digests(records.root_of(run.folder) / "artifacts" / MEMORY)  # as a plan has it
+        _check_pins(cfg, pieces, digests)
         for key, place in outside_files(cfg, pieces).items():
             table[key], files = _input(key, place, digests)
             members |= files
@@ -138,14 +138,14 @@ def _files(piece: Piece) -> dict[str, Member]:
     }
 
 
-def _check_pins(cfg: RunConfig, pieces: Mapping[str, Piece]) -> None:
+def _check_pins(cfg: RunConfig, pieces: Mapping[str, Piece], digests: Digests) -> None:
     """Refuse inputs that are not what the run's artifacts were made from."""
     now: dict[str, Mapping[str, str]] = {}
     for piece in pieces.values():
         for name, stated in piece.facts("pins").items():
             group, _, rest = name.partition("/")
             try:
-                now[group] = now.get(group) or PINS[group](cfg, Digests())
+                now[group] = now.get(group) or PINS[group](cfg, digests)
             except UserError as error:
                 raise _gone(str(error)) from None
             if now[group].get(rest) != stated:
@@ -159,27 +159,25 @@ def _gone(why: str) -> DataError:
 def outside_files(cfg: RunConfig, pieces: Mapping[str, Piece]) -> dict[str, Path]:
     """Return the local files and folders that a run read, by the key that names them."""
     groups = {name.partition("/")[0] for piece in pieces.values() for name in piece.facts("pins")}
-    found: dict[str, Path] = {}
+    read: dict[str, str | None] = {}
     if "data" in groups:
-        read = {f"data.sources.{name}.path": source.path for name, source in cfg.data.sources.items()}
+        read |= {f"data.sources.{name}.path": one.path for name, one in cfg.data.sources.items()}
         read |= {
-            f"data.decontaminate.{name}.path": questions.path
-            for name, questions in cfg.data.decontaminate.items()
+            f"data.decontaminate.{name}.path": one.path for name, one in cfg.data.decontaminate.items()
         }
-    else:
-        read = {}
-    if "seeds" in groups and cfg.evolve.seeds.path:
+    if "seeds" in groups:
         read["evolve.seeds.path"] = cfg.evolve.seeds.path
+    found: dict[str, Path] = {}
     for key, named in read.items():
-        place = None if named.startswith(PREFIX) else local_data(named)
+        place = None if named is None or named.startswith(PREFIX) else local_data(named)
         if place is not None:
             found[key] = place
     if groups & {"model", "tokenizer"}:
         model = cfg.model
-        base = local_model(model) if model.path and model.init == "pretrained" else None
+        base = local_model(model) if model.init is Init.pretrained else None
         if base is not None:
             found["model.path"] = base
-        if model.tokenizer and Path(model.tokenizer).is_dir():
+        if model.tokenizer not in (None, BYTES) and Path(model.tokenizer).is_dir():
             found["model.tokenizer"] = Path(model.tokenizer)
     return found
 

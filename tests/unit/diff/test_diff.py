@@ -101,6 +101,7 @@ def test_the_seed_decides_all_stages_and_inputs_carry_it_on(
         "prepare": {"seed", "inputs base_model"},
         "sft": {"seed", "inputs base_model", "inputs dataset"},
     }
+    assert found["results"]["rows"] == []  # that other stages have other files says nothing
 
 
 def test_other_bytes_of_data_are_told_by_their_digests(
@@ -379,6 +380,7 @@ def test_two_recipes_with_other_stages_and_sources(
     assert because.startswith("config data.sources.alpaca, config data.sources.oasst1, ")
     found = diff(capsys, "recipe=tiny", "recipe=tiny-dpo", table=False)
     assert rows(found, "config")["data.sources.alpaca.format"] == ("alpaca", None)
+    assert rows(found, "config")["data.sources.alpaca.revision"] == (None, None)  # null, and not there
     there = {row["stage"]: row["there"] for row in found["stages"]["rows"]}
     assert there["dpo"] == [False, True]
     assert "name" in rows(found, "config")
@@ -392,6 +394,12 @@ def test_a_recipe_whose_plan_fails_is_still_compared_by_its_values(
         f"its fingerprints cannot be planned: no file no.json; it was looked for from {empty_folder}."
     ]
     assert list(rows(found, "config")) == ["data.sources.alpaca.path"]
+    broken = "data.sources.alpaca.path=no.json"
+    longer = ["recipe=tiny", broken, "stages=[prepare,sft,merge]"]
+    found = diff(capsys, "recipe=tiny", broken, *longer, table=False)
+    assert found["stages"]["rows"] == [
+        {"stage": "merge", "a": None, "b": None, "there": [False, True], "because": []}
+    ]
 
 
 def test_a_run_is_compared_with_its_recipe(

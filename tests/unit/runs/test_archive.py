@@ -173,9 +173,22 @@ def test_a_gguf_file_travels(cfg: RunConfig) -> None:
     assert states(run) == [True, True, True]
 
 
+def test_seed_instructions_travel(cfg: RunConfig) -> None:
+    cfg.stages, cfg.data.sources = ["evolve", "prepare"], {}
+    cfg.evolve.seeds.path = "rows.json"
+    cfg.evolve.url, cfg.evolve.model = "http://localhost:1/v1", "a-model"
+    folder = made.run(cfg)
+    assert list(inputs(exported(folder))) == ["evolve.seeds.path"]
+    run = unpack.unpack(TAR, Path("mine"))
+    Path("rows.json").unlink()
+    assert states(run) == [True, True, True]
+
+
 def test_samples_and_random_models_need_no_input(cfg: RunConfig) -> None:
     cfg.data.sources["mine"].path = "sample:alpaca.json"
     assert cfg.model.init is Init.random
+    Path("bytes").mkdir()  # not the tokenizer of that name
+    Path("bytes/tokenizer.json").touch()
     folder = made.run(cfg)
     assert inputs(exported(folder)) == {}
     run = unpack.unpack(TAR, Path("mine"))
@@ -437,11 +450,11 @@ def test_what_is_odd_is_refused_and_leaves_nothing(
 
 def test_a_member_that_is_there_twice_is_refused(cfg: RunConfig) -> None:
     exported(made.run(cfg, "model"))
+    again = json.dumps(inputs(TAR)).encode()
     with tarfile.open(TAR, "a") as tar:
-        member = tar.getmember("inputs.json")
-        file = tar.extractfile(member)
-        assert file is not None
-        tar.addfile(member, io.BytesIO(file.read()))
+        member = tarfile.TarInfo("inputs.json")
+        member.size = len(again)
+        tar.addfile(member, io.BytesIO(again))
     assert unpacking(TAR) == "run.tar holds inputs.json twice; it is not used."
 
 
