@@ -152,8 +152,9 @@ def test_only_what_is_within_the_tolerance_is_let_pass(both: tuple[Path, Path]) 
         ("step 1: loss 2.0 is recorded", True),
         ("step 2: loss 2.0 is recorded", False),
     ]
-    write(both[1], {"data": "bb"})  # other rows are no rounding
-    assert not traces.steps(*both, "sft", 1, tolerance=0.5)[1][0].tolerated
+    for other in ({"data": "bb"}, {"learning_rate": 0.1001}):  # neither is rounding
+        write(both[1], other)
+        assert not traces.steps(*both, "sft", 1, tolerance=0.5)[1][0].tolerated
 
 
 def test_weights_that_begin_otherwise_are_named(both: tuple[Path, Path]) -> None:
