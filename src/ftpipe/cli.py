@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ftpipe import __version__, artifacts, origins, pipeline, provenance, schema, seeds
+from ftpipe import __version__, artifacts, origins, pipeline, provenance, schema, seeds, stopping
 from ftpipe.config import RunConfig
 from ftpipe.errors import ConfigError, UserError, unknown
 from ftpipe.launch import StageFailed, run_stage
@@ -18,6 +18,7 @@ from ftpipe.room import is_full
 from ftpipe.stopping import AGAIN, Stopped
 from ftpipe.summary import summary
 
+SLURM = "launch=slurm"  # a launch that is submitted
 USAGE = """\
 ftpipe {version}: a reproducible fine-tuning pipeline
 
@@ -151,8 +152,9 @@ def configurations(words: list[str], elsewhere: bool = False) -> list[RunConfig]
 
 def _plan(words: list[str]) -> int:
     made: set[Path] = set()  # by then: an earlier run of this sweep makes it
-    for run in resolved(words):
-        cfg, steps = run.cfg, run.plan()
+    elsewhere = any(word.startswith(SLURM) for word in words)  # what this machine has is of no account
+    for run in resolved(words, elsewhere):
+        cfg, steps = run.cfg, run.plan(elsewhere=elsewhere)
         print(f"{cfg.name}: {len(steps)} stages")
         for step in steps:
             state = "reuse" if step.artifact or step.place in made else "run  "
@@ -179,6 +181,7 @@ def _inspect(words: list[str]) -> int:
 
 
 def _run(words: list[str], upto: str | None) -> int:
+    stopping.forget()
     runs = resolved(words)
     plans = [run.plan(upto) for run in runs]  # refuse early: all plans before any run
     family: list[tuple[Path, dict[str, artifacts.Artifact]]] = []
@@ -273,6 +276,8 @@ def _make(
         inputs = {kind: made[maker] for kind, maker in step.inputs.items()}
         artifact = artifacts.find(Path(cfg.output), step.stage.name, step.fingerprint)
         if artifact is None:
+            if stopping.driver_asked():
+                raise Stopped(f"'{step.stage.name}' was not begun, as asked; the same command goes on")
             print(f"{step.stage.name}: {step.stage.does}", flush=True)
             artifact, fresh = run_stage(cfg, step, inputs, run, command)
             built += fresh

@@ -18,7 +18,8 @@ FILE = "FTPIPE_STOP"  # environment variable: the path of the file that asks
 STEPS = "FTPIPE_STEPS"  # environment variable: steps after which a stage ends, with nothing saved
 AGAIN = 75  # exit code of a stage that stopped: EX_TEMPFAIL of sysexits.h
 
-_signalled = threading.Event()
+_signalled = threading.Event()  # this rank
+_told = threading.Event()  # this driver, by a signal that a stage took
 
 
 class Stopped(Exception):
@@ -35,6 +36,16 @@ def limit() -> int | None:
     """Return after how many steps (or rollouts) a stage ends that is made again only to be compared."""
     steps = os.environ.get(STEPS)
     return None if steps is None else int(steps)
+
+
+def driver_asked() -> bool:
+    """Say whether this driver was asked to stop while a stage ran, which may have been done by then."""
+    return _told.is_set()
+
+
+def forget() -> None:
+    """Let what an earlier command was asked be of no account."""
+    _told.clear()
 
 
 def listen() -> None:
@@ -61,6 +72,7 @@ def passed_on(file: Path, stage: str, stops: bool) -> Iterator[None]:
     def answer(number: int, _: FrameType | None) -> None:
         nonlocal terms
         terms += number == signal.SIGTERM
+        _told.set()
         if number == signal.SIGTERM and (not stops or terms > 1):
             raise KeyboardInterrupt
         if stops:

@@ -168,24 +168,25 @@ def flipped_weight(patched: pytest.MonkeyPatch, run: Path) -> None:
     path.write_bytes(whole)
 
 
+# what is changed, the layer and the words that name it, the stage that is made again
 FAULTS = [
-    (other_package, "environment", "peft 0.1.0 is recorded, "),
-    (other_python, "environment", "3.99.0 here"),
-    (more_threads, "environment", "threads 1 is recorded, 2 here"),
-    (more_ranks, "environment", "ranks 2 is recorded, 1 here"),
-    (other_source, "code", "stages/sft.py is other"),
-    (other_seed, "config", "seed=0 is recorded, 1 here"),
-    (other_byte, "data", "data/0/rows: sha256 "),
-    (other_template, "data", "row 1, "),
-    (other_init, "initial weights", "lora_A"),
-    (other_rate, "steps", "step 10: learning rate "),
-    (other_order, "steps", "step 1: its rows "),
-    (other_gradient, "steps", "step 7: loss "),
-    (flipped_weight, "record", "adapter_model.safetensors is not as it was written"),
+    (other_package, "environment", "peft 0.1.0 is recorded, ", "prepare"),
+    (other_python, "environment", "3.99.0 here", "prepare"),
+    (more_threads, "environment", "threads 1 is recorded, 2 here", "prepare"),
+    (more_ranks, "environment", "ranks 2 is recorded, 1 here", "prepare"),
+    (other_source, "code", "stages/sft.py is other", "prepare"),
+    (other_seed, "config", "seed=0 is recorded, 1 here", "prepare"),
+    (other_byte, "data", "data/0/rows: sha256 ", "prepare"),
+    (other_template, "data", "row 1, ", "prepare"),
+    (other_init, "initial weights", "lora_A", "sft"),
+    (other_rate, "steps", "step 10: learning rate ", "sft"),
+    (other_order, "steps", "step 1: its rows ", "sft"),
+    (other_gradient, "steps", "step 7: loss ", "sft"),
+    (flipped_weight, "record", "adapter_model.safetensors is not as it was written", "prepare"),
 ]
 
 
-@pytest.mark.parametrize(("fault", "layer", "says"), FAULTS)
+@pytest.mark.parametrize(("fault", "layer", "says", "stage"), FAULTS)
 def test_what_was_changed_is_named(
     run: Path,
     capsys: pytest.CaptureFixture[str],
@@ -193,9 +194,10 @@ def test_what_was_changed_is_named(
     fault: Callable[[pytest.MonkeyPatch, Path], None],
     layer: str,
     says: str,
+    stage: str,
 ) -> None:
     fault(monkeypatch, run)
-    code, report = verified(capsys, run)
+    code, report = verified(capsys, run, "--stage", stage)
     assert code == 1 and not report["equal"]
     assert report["first"]["layer"] == layer
     assert says in report["first"]["says"]

@@ -300,3 +300,10 @@ def test_flags_mean_several_runs_only_where_they_say_so() -> None:
     with pytest.raises(ConfigError, match="add -m"):
         cli.configurations(["recipe=tiny", "seed=1,2"])
     assert [cfg.seed for cfg in cli.configurations(["-m", "recipe=tiny", "seed=1,2"])] == [1, 2]
+
+
+def test_a_plan_of_jobs_needs_nothing_of_this_machine(
+    empty_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["plan", "recipe=tiny", "launch=slurm-8gpu", "sft.batch_size=64"]) == 0
+    assert "sft" in capsys.readouterr().out

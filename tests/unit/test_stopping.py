@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,7 @@ from ftpipe import checkpoints, cli, launch, stopping, worker
 from ftpipe.config import RunConfig
 from ftpipe.evolve.calls import Call, Journal, Said
 from ftpipe.launch import StageFailed, last_words, run_stage
+from ftpipe.pipeline import Step
 from ftpipe.stopping import Stopped, asked, passed_on
 from tests.unit.test_launch import DONE, build, first_step, stand_in
 from tests.unit.test_worker import write
@@ -121,6 +123,26 @@ def test_a_stage_that_was_done_by_then_is_made(cfg: RunConfig, monkeypatch: pyte
     made, _ = build(cfg)
     assert set(made.manifest["files"]) <= {"uncommitted.diff"}
     assert not (made.path / launch.STOP).exists()
+
+
+@pytest.mark.usefixtures("empty_folder", "in_process")
+def test_a_stop_during_the_last_step_of_a_stage_holds_for_those_after_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made: list[str] = []
+
+    def signalled(cfg: RunConfig, step: Step, *given: Any) -> Any:
+        with passed_on(Path("stop"), step.stage.name, stops=True):
+            os.kill(os.getpid(), signal.SIGTERM)  # when there is nothing left that could be stopped
+        made.append(step.stage.name)
+        return run_stage(cfg, step, *given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cli, "run_stage", signalled)
+        assert cli.main(["prepare", "recipe=tiny"]) == stopping.AGAIN
+    assert made == ["model"]
+    assert "'prepare' was not begun, as asked" in capsys.readouterr().err
+    assert cli.main(["prepare", "recipe=tiny"]) == 0
 
 
 def test_a_stop_is_one_line_and_the_exit_code_for_another_try(
