@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ftpipe import artifacts, pipeline, provenance
+from ftpipe import artifacts, pipeline, provenance, schema
 from ftpipe.artifacts import Artifact
 from ftpipe.combinations import TRAIN
 from ftpipe.config import RunConfig
@@ -128,7 +128,8 @@ class Verification:
         for stage, artifact in made.items():
             damage += files.damage(artifact)
             here = {**now, **self._ranks(stage)}
-            around += record.environment(artifact.manifest["provenance"], here, stage)
+            before = artifact.manifest["provenance"] | {"launch": artifact.manifest["config"]["launch"]}
+            around += record.environment(before, here, stage)
             code += record.code(artifact, now)
         count = sum(len(artifact.manifest["files"]) for artifact in made.values())
         look(Layer.record, "", f"{len(made)} artifacts, {count:,} files", _once(damage))
@@ -146,10 +147,11 @@ class Verification:
             look(layer, "", what, found)
 
     def _ranks(self, stage: str) -> dict[str, Any]:
-        """Return how many ranks and threads would make a stage here."""
+        """Return how many ranks and threads would make a stage here, and how they would split a step."""
         ranks = ranks_of(self.run.cfg, STAGES[stage])
         threads = int(environment(self.run.cfg, ranks)["OMP_NUM_THREADS"])
-        return {"world_size": ranks, "environment": {"blas_threads": threads}}
+        told = {"world_size": ranks, "environment": {"blas_threads": threads}}
+        return {**told, "launch": schema.plain(self.run.cfg)["launch"]} if stage in TRAIN else told
 
     def _most(self, artifact: Artifact) -> int | None:
         if artifact.stage not in TRAIN or self.full:

@@ -10,38 +10,47 @@ from ftpipe.pipeline import STAGES, Step
 from ftpipe.verify.findings import Finding, Layer
 
 HARDWARE = ("platform", "cpu", "gpus")  # by which results may differ in their last bits
-RANKS, THREADS = "ranks", "threads"  # likewise
+# How a step is split: by which sums are rounded, and dropout is drawn, otherwise.
+SPLIT = ("micro_batch_size", "strategy", "device")
+LAUNCH = "launch."
+ROUNDS = (*(f"{name} " for name in (*HARDWARE, "ranks", "threads")), LAUNCH)  # not platformdirs
 
 
 def environment(recorded: Mapping[str, Any], now: Mapping[str, Any], stage: str) -> list[Finding]:
-    """Return what differs between the provenance of an artifact and that of a run here and now."""
+    """Return what differs between the provenance of an artifact and that of a run here and now.
 
-    def unlike(what: str, a: Any, b: Any) -> Finding:
-        return Finding(Layer.environment, stage, f"{what} {_said(a)} is recorded, {_said(b)} here")
+    Args:
+        recorded, now: what ``provenance.collect`` returns, with ``world_size`` and, where they are
+            known, ``environment`` and ``launch``.
+    """
+    before, here = _facts(recorded), _facts(now)
+    unsaid = {name for name in before.keys() ^ here.keys() if name.startswith((LAUNCH, "threads"))}
+    return [
+        Finding(
+            Layer.environment,
+            stage,
+            f"{name} {_said(before.get(name))} is recorded, {_said(here.get(name))} here",
+        )
+        for name in dict.fromkeys([*before, *here])
+        if before.get(name) != here.get(name) and name not in unsaid
+    ]
 
-    found = []
-    if recorded["python"] != now["python"]:
-        found.append(unlike("python", recorded["python"], now["python"]))
-    before, here = recorded["packages"], now["packages"]
-    for name in sorted({*before, *here}):
-        if before.get(name) != here.get(name):
-            found.append(unlike(name, before.get(name), here.get(name)))
-    for name in HARDWARE:
-        a, b = recorded["hardware"].get(name), now["hardware"].get(name)
-        if a != b:
-            found.append(unlike(name, a, b))
-    if recorded["world_size"] != now["world_size"]:
-        found.append(unlike(RANKS, recorded["world_size"], now["world_size"]))
-    threads = [which.get("environment", {}).get("blas_threads") for which in (recorded, now)]
-    if None not in threads and threads[0] != threads[1]:
-        found.append(unlike(THREADS, *threads))
-    return found
+
+def _facts(told: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what surrounds a run by name; what an old record does not say is left out."""
+    facts = {"python": told["python"]}
+    facts |= {name: told["packages"][name] for name in sorted(told["packages"])}
+    facts |= {name: told["hardware"].get(name) for name in HARDWARE}
+    facts |= {"ranks": told["world_size"]}
+    launch = told.get("launch", {})
+    facts |= {f"{LAUNCH}{name}": launch[name] for name in SPLIT if name in launch}
+    threads = told.get("environment", {}).get("blas_threads")
+    return facts if threads is None else facts | {"threads": threads}
 
 
 def other_hardware(findings: list[Finding]) -> bool:
     """Say whether numbers may differ in their last bits for what was found of the environment."""
-    words = (*HARDWARE, RANKS, THREADS)
-    return any(one.layer is Layer.environment and one.says.startswith(words) for one in findings)
+    return any(one.layer is Layer.environment and one.says.startswith(ROUNDS) for one in findings)
 
 
 def code(artifact: Artifact, now: Mapping[str, Any]) -> list[Finding]:

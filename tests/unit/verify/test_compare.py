@@ -200,6 +200,7 @@ PROVENANCE: dict[str, Any] = {
     "hardware": {"platform": "Linux x86_64", "cpu": "a", "cores": 2, "gpus": []},
     "world_size": 1,
     "environment": {"blas_threads": 2},
+    "launch": {"micro_batch_size": 4},
 }
 
 
@@ -217,8 +218,11 @@ PROVENANCE: dict[str, Any] = {
         ),
         ({"hardware": {**PROVENANCE["hardware"], "cpu": "b"}}, "cpu a is recorded, b here", True),
         ({"hardware": {**PROVENANCE["hardware"], "cores": 64}}, None, False),
+        ({"packages": {**PROVENANCE["packages"], "platformdirs": "4"}}, "platformdirs none", False),
         ({"world_size": 2}, "ranks 1 is recorded, 2 here", True),
         ({"environment": {"blas_threads": 4}}, "threads 2 is recorded, 4 here", True),
+        ({"launch": {"micro_batch_size": 1}}, "launch.micro_batch_size 4 is recorded, 1 here", True),
+        ({"launch": {"strategy": "fsdp"}}, None, False),  # the old record does not say
         ({"environment": {}}, None, False),
     ],
 )
