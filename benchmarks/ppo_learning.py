@@ -69,7 +69,7 @@ def main() -> int:
             write_prompts(there / "prompts.jsonl")
             for name, words in {
                 "function": (f"ppo.beta={chosen.beta}",),
-                "no penalty": ("ppo.beta=0", "ppo.health.max_kl=null", "ppo.health.min_entropy=null"),
+                "no penalty": ("ppo.beta=0",),
             }.items():
                 found[name] = [stories(chosen, there, seed, *words) for seed in range(chosen.seeds)]
             write_pairs(chosen.model, there)
@@ -111,6 +111,7 @@ def bandit(there: Path, seed: int) -> dict[str, float]:
         f"data.sources={{p: {{format: prompts, path: {prompts}}}}}",
         *("ppo.start=model", "ppo.reward=function", "ppo.function.name=regex", LETTERS),
         *("ppo.max_new_tokens=1", "ppo.missing_eos_penalty=0", f"ppo.beta={beta}"),
+        "ppo.health.min_eos_rate=null",  # an answer of one token is seldom its own end
         *("ppo.batch_size=256", "launch.micro_batch_size=256", "ppo.max_steps=150"),
         *("ppo.learning_rate=3e-3", "ppo.ppo_epochs=2", "ppo.value_clip=null", f"seed={seed}"),
     )
@@ -185,6 +186,8 @@ def stories(chosen: argparse.Namespace, there: Path, seed: int, *words: str) -> 
         *("launch.micro_batch_size=32", f"ppo.max_steps={chosen.rollouts}", f"seed={seed}"),
         *(f"ppo.learning_rate={chosen.learning_rate}", "ppo.value_learning_rate=1e-3"),
         *("ppo.ppo_epochs=4", "ppo.minibatches=2"),
+        # the curves show what the gates would end
+        *(f"ppo.health.{gate}=null" for gate in ("max_kl", "min_entropy", "min_eos_rate")),
         *words,
     )
     lines = [json.loads(line) for line in (policy / "metrics.jsonl").read_text().splitlines()]
