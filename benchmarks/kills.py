@@ -28,6 +28,7 @@ from typing import Any
 
 from ftpipe import provenance
 from ftpipe.artifacts import MANIFEST, digests
+from ftpipe.trace import INITIAL, TRACE
 from ftpipe.verify.files import UNREAD
 
 HERE = Path(__file__).resolve().parent
@@ -138,7 +139,10 @@ def half_visible(folder: Path, stage: str) -> None:
 def files(folder: Path, stage: str) -> dict[str, str]:
     """Return the digests of what the last stage made and a later one reads."""
     (made,) = folder.glob(f"outputs/artifacts/{stage}-*/{MANIFEST}")
-    return {name: value for name, value in digests(made.parent).items() if Path(name).name not in UNREAD}
+    left_out = {*UNREAD} - {TRACE, INITIAL}
+    return {
+        name: value for name, value in digests(made.parent).items() if Path(name).name not in left_out
+    }
 
 
 if __name__ == "__main__":

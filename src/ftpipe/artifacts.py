@@ -215,6 +215,11 @@ def publish(partial: Path, manifest: Mapping[str, Any], drop: str = "") -> Artif
     write_atomic(partial / MANIFEST, json.dumps(whole, indent=1, sort_keys=True) + "\n")
     if drop:
         (partial / drop).unlink(missing_ok=True)
+    return complete(partial)
+
+
+def complete(partial: Path) -> Artifact:
+    """Put a scratch folder that is whole, and has its manifest, in its place."""
     final = partial.with_name(partial.name.removesuffix(PARTIAL))
     partial.rename(final)
     sync(final.parent)

@@ -33,11 +33,12 @@ def seal(checkpoint: Path, **stated: Any) -> None:
         stated: of it, as JSON takes it: for a Trainer's ``tokens``, ``strategy`` and ``ranks``.
     """
     written = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != SEAL]
-    for path in written:
+    for path in (*written, *(path for path in checkpoint.rglob("*") if path.is_dir())):
         sync(path)
     files = {path.relative_to(checkpoint).as_posix(): digest(path) for path in written}
     write_atomic(checkpoint / SEAL, json.dumps({**stated, "files": files}, indent=1) + "\n")
     sync(checkpoint)
+    sync(checkpoint.parent)
 
 
 def newest_whole(folder: Path) -> Path | None:
@@ -51,7 +52,7 @@ def newest_whole(folder: Path) -> Path | None:
         damage = damaged(checkpoint)
         if damage is None:
             return checkpoint
-        say(f"WARNING: {checkpoint} is damaged ({damage}); going on from the one before")
+        say(f"WARNING: {checkpoint} is damaged ({damage}); the one before is taken, if there is one")
     return None
 
 

@@ -81,13 +81,22 @@ def expand(cfg: RunConfig) -> None:
         ConfigError: for the home of somebody who does not exist.
     """
     _change(cfg, full)
+    _change_lines(cfg, long)
 
 
 def shortened(cfg: RunConfig) -> RunConfig:
     """Return a copy of a configuration whose paths are as they are recorded."""
     recorded = copy.deepcopy(cfg)
     _change(recorded, short_path)
+    _change_lines(recorded, short)
     return recorded
+
+
+def _change_lines(cfg: RunConfig, change: Callable[[str], str]) -> None:
+    """Change what names paths among other words: the lines of a job's script."""
+    slurm = cfg.launch.slurm
+    for lines in (slurm.setup, slurm.container, slurm.srun, slurm.extra):
+        lines[:] = map(change, lines)
 
 
 def _change(cfg: RunConfig, change: Callable[[str], str]) -> None:

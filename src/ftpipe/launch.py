@@ -15,7 +15,17 @@ from pathlib import Path
 from subprocess import Popen
 from typing import Any
 
-from ftpipe import artifacts, determinism, home, launch_settings, origins, pipeline, provenance, stopping
+from ftpipe import (
+    artifacts,
+    attempts,
+    determinism,
+    home,
+    launch_settings,
+    origins,
+    pipeline,
+    provenance,
+    stopping,
+)
 from ftpipe.artifacts import Artifact
 from ftpipe.choices import Device, Precision, Strategy
 from ftpipe.cluster import ranks
@@ -115,8 +125,14 @@ def run_stage(
         # now, not after the stage: the checkout may change while it runs
         diff = provenance.uncommitted() if (record["git"] or {}).get("dirty") else None
         started = time.monotonic()
+        if (partial / artifacts.MANIFEST).is_file() and not (partial / RESULT).is_file():
+            return artifacts.complete(partial), True  # killed in the last instant, when all was written
         if not step.stage.resumes:  # what an interrupted build left is of no use
             artifacts.clear(partial)
+        ranks_here = ranks_of(cfg, step.stage)
+        now = attempts.facts(record, recorded(cfg)["launch"], ranks_here)
+        if not (partial / RESULT).is_file():
+            _warn(step.stage.name, attempts.begin(partial, now, step.stage.keeps), now)
         # a driver killed while it published left a whole result: publish that
         result = _result(partial) or _spawn(cfg, step, inputs, run, partial)
         changed = pipeline.changed_data(cfg, step)
@@ -129,8 +145,9 @@ def run_stage(
         record |= {
             "wall_seconds": round(time.monotonic() - started, 2),
             "peak_memory_gib": round(result["peak_memory_kib"] / 2**20, 3),
-            "world_size": ranks_of(cfg, step.stage),
+            "world_size": ranks_here,
             "seed": cfg.seed,
+            "earlier_attempts": attempts.conclude(partial),
             "environment": result.get("environment", {}),
         }
         if diff is not None:
@@ -147,6 +164,14 @@ def run_stage(
             "provenance": record,
         }
         return artifacts.publish(partial, manifest, drop=RESULT), True
+
+
+def _warn(stage: str, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Say what the attempt that is continued had otherwise: the result will be of both."""
+    if before:
+        told = [f"{name} {value} then, {now.get(name)} now" for name, value in before.items()]
+        more = f" and {len(told) - 3} more" if len(told) > 3 else ""
+        print(f"WARNING: '{stage}' goes on from an attempt that had {'; '.join(told[:3])}{more}")
 
 
 def _check_whole(artifact: Artifact) -> None:
@@ -170,7 +195,7 @@ def _spawn(
     for left in (ERROR, RESULT, STOPPED, STOP):
         (partial / left).unlink(missing_ok=True)
     forget_words(partial)
-    resumed = any(partial.iterdir())
+    resumed = any(path.name != attempts.FILE for path in partial.iterdir())
     settings = run / f"{name}.accelerate.yaml"
     job = {
         "stage": name,

@@ -374,19 +374,21 @@ def _facts(cfg: RunConfig, stage: Stage, inputs: Mapping[str, Step], digests: Di
 
 
 def changed_data(cfg: RunConfig, step: Step) -> list[str]:
-    """Return the keys of data that is other than when the step was planned.
+    """Return the keys of outside input that is other than when the step was planned.
 
     A file that is gone by now was open, so it was read as it was.
     """
-    if "data" not in step.stage.pins:
-        return []
-    try:
-        now = PINS["data"](cfg, Digests(_memory(cfg)))
-    except UserError:
-        return []
-    planned = step.facts["pins"]
-    changed = [name for name, value in now.items() if planned[f"data/{name}"] != value]
-    return [re.sub(r"^(decontaminate)?/?\d+/", _group, name) for name in changed]
+    planned: Mapping[str, str] = step.facts["pins"]
+    changed = []
+    for pin in dict.fromkeys(name.partition("/")[0] for name in planned):
+        try:
+            now = PINS[pin](cfg, Digests(_memory(cfg)))
+        except UserError:
+            continue
+        changed += [
+            f"{pin}/{name}" for name, value in now.items() if planned.get(f"{pin}/{name}") != value
+        ]
+    return [re.sub(r"^data/(decontaminate)?/?\d+/", _group, name) for name in changed]
 
 
 def _group(place: re.Match[str]) -> str:

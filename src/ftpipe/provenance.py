@@ -89,6 +89,18 @@ def redact(text: str, secret: re.Pattern[str] = SECRET) -> str:
     return secret.sub(lambda match: f"{match.group(1) or ''}<removed>", text)
 
 
+def holds_secret(line: str) -> bool:
+    """Say whether a line of a script gives a secret itself, not where the shell finds it.
+
+    >>> holds_secret("export HF_TOKEN=abc"), holds_secret("export HF_TOKEN=$(cat ~/.token)")
+    (True, False)
+    """
+    return any(
+        not match[0].partition("=")[2].lstrip("\"'").startswith(("$", "`"))
+        for match in SECRET.finditer(line)
+    )
+
+
 def git() -> dict[str, Any] | None:
     """Return the checkout's commit and whether it was changed, or None outside a checkout."""
     commit = _git("rev-parse", "HEAD")

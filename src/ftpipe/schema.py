@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,22 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     cfg = from_composed(OmegaConf.merge(composed, OmegaConf.from_dotlist(list(overrides))))
     home.expand(cfg)
     return cfg
+
+
+def changed(cfg: RunConfig, parts: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """Return a configuration with groups in place of its own, and then with single values.
+
+    Args:
+        parts: plain groups by name, as a manifest has them.
+        overrides: ``key=value``.
+
+    Raises:
+        ConfigError: for what does not fit the schema.
+    """
+    whole = {**plain(cfg), **parts}
+    found = from_composed(OmegaConf.merge(whole, OmegaConf.from_dotlist(list(overrides))))
+    home.expand(found)
+    return found
 
 
 def dump(cfg: RunConfig) -> str:

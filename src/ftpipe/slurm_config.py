@@ -10,6 +10,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
+from ftpipe import provenance
 from ftpipe.errors import ConfigError, require, unknown
 
 WORD = re.compile(r"[\w.,:+@/=&|*!()\[\]-]+", re.ASCII)
@@ -75,6 +76,12 @@ class SlurmConfig:
         words = ("partition", "account", "qos", "reservation", "constraint", "exclude", "gpu_type")
         check_words(self, key, (*words, "sync"))
         check_amounts(self, key)
+        for name in ("setup", "container", "srun", "extra"):
+            if any(provenance.holds_secret(line) for line in getattr(self, name)):
+                raise ConfigError(
+                    f"{key}.{name} holds what looks like a secret, and it is written to the scripts and "
+                    "the record; let setup read it from a file, such as source ~/.secrets."
+                )
         for line in self.extra:
             fits = OPTION.fullmatch(line) is not None
             require(fits, f"{key}.extra", repr(line), "an option of sbatch, such as --mail-type=FAIL")

@@ -11,13 +11,15 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ftpipe.artifacts import write_atomic
+from ftpipe.artifacts import sync, write_atomic
+from ftpipe.data.encode import IGNORED
 
 if TYPE_CHECKING:
     from ftpipe.config import TrackingConfig
@@ -56,6 +58,11 @@ class Trace:
             path = self.folder / TRACE
             kept = [line for line in read(path) if line["step"] <= done]
             write_atomic(path, "".join(map(_line, kept)))
+
+    def keep(self) -> None:
+        """Put what is written on the disk: a checkpoint is about to count on it."""
+        if self.writes and (self.folder / TRACE).is_file():
+            sync(self.folder / TRACE)
 
     def initial(self, weights: Mapping[str, str]) -> None:
         """Write the digests of all weights before the first step, by name."""
@@ -102,31 +109,39 @@ def of_texts(texts: Iterable[str]) -> str:
     return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:DIGITS]
 
 
-def of_batch(batch: Mapping[str, Any]) -> list[str]:
+def of_batch(batch: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Return a digest of each row of a batch, without what pads it to the length of the others.
 
-    So what the rows of a step are does not depend on how they are split over micro-batches and ranks,
-    except where they are laid end to end for flash attention.
+    So what the rows of a step are does not depend on how they are split over micro-batches and ranks.
 
     Args:
-        batch: tensors; each ``input_ids`` (N, L), also behind a prefix, with what has its shape and its
-            prefix: labels, and the mask that tells padding apart.
+        batch: ``input_ids`` (N, L), with ``labels`` if there are any, and either ``attention_mask`` of
+            that shape or, where several rows share a sequence, ``position_ids``, which begin anew with
+            each of them: a stretch without a label is padding there.
+        prefix: of these names.
     """
+    ids_NL = batch[f"{prefix}input_ids"]
+    labels_NL = batch.get(f"{prefix}labels")
+    positions_NL = batch.get(f"{prefix}position_ids")
+    if positions_NL is None:
+        mask_NL = batch[f"{prefix}attention_mask"].bool()
+        rows = [(n, mask_L) for n, mask_L in enumerate(mask_NL)]
+    else:
+        rows = [(n, place) for n, place_L in enumerate(positions_NL) for place in _stretches(place_L)]
     found = []
-    for name in sorted(batch):
-        prefix = name.removesuffix("input_ids")
-        if prefix == name:
-            continue
-        ids_NL = batch[name]
-        beside = {
-            other: value
-            for other, value in sorted(batch.items())
-            if other.startswith(prefix) and isinstance(value, Tensor) and value.shape == ids_NL.shape
-        }
-        mask_NL = beside.get(f"{prefix}attention_mask", torch.ones_like(ids_NL)).bool()
-        for row, mask_L in enumerate(mask_NL):
-            found.append(of_tensors((other, value[row][mask_L]) for other, value in beside.items()))
+    for n, place in rows:
+        row = [("ids", ids_NL[n][place])]
+        if labels_NL is not None:
+            row.append(("labels", labels_NL[n][place]))
+        if positions_NL is None or bool((row[-1][1] != IGNORED).any()):
+            found.append(of_tensors(row))
     return found
+
+
+def _stretches(positions_L: Tensor) -> list[slice]:
+    """Return where the rows of a sequence lie."""
+    starts = [*torch.nonzero(positions_L == 0).flatten().tolist(), len(positions_L)]
+    return [slice(start, end) for start, end in pairwise(starts)]
 
 
 def of_rows(rows: Iterable[Sequence[int]]) -> str:

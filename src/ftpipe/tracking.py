@@ -39,6 +39,7 @@ class Tracker:
         line = {"step": step, "time": round(time.time(), 3), **named}
         self._lines.write(json.dumps(line) + "\n")
         self._lines.flush()
+        os.fsync(self._lines.fileno())  # a checkpoint counts on the lines before it
         self._to_wandb(lambda run: run.log(named, step=step))
 
     def __enter__(self) -> Tracker:

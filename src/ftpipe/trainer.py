@@ -115,11 +115,15 @@ class Ordered(Trainer):
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
         number = self.state.global_step + 1
         on_record = self.trace is not None and (self.trace.has(number) or number == self.state.max_steps)
-        rows = trace.of_batch(inputs) if on_record else []
+        rows = self.rows(inputs) if on_record else []
         loss = super().training_step(model, inputs, num_items_in_batch)
         if on_record:
             self._traced.append((loss.detach(), rows))
         return loss
+
+    def rows(self, batch: dict[str, Any]) -> list[str]:
+        """Return a digest of each row that a batch teaches, and of what it teaches of it."""
+        return trace.of_batch(batch)
 
     def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *given: Any, **rest: Any) -> None:
         if self._traced:
@@ -174,6 +178,8 @@ class Ordered(Trainer):
         checkpoints.write_unlogged(folder, self.args.process_index, self.unlogged(), self.due)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
+            if self.trace is not None:
+                self.trace.keep()
             stated = {"tokens": self.tokens_seen, "strategy": self.strategy, "ranks": self._ranks}
             checkpoints.seal(folder, **stated)
             checkpoints.keep_newest(folder.parent, keep)

@@ -286,3 +286,10 @@ def test_a_recipe_is_held_to_the_trace_that_it_ships(
     shipped.write_text(json.dumps(told))
     assert cli.main(["verify", "recipe=mine"]) == 0  # elsewhere it may round otherwise
     assert "equal, within what other hardware may do" in capsys.readouterr().out
+
+
+def test_the_trace_that_the_tiny_recipe_ships_holds_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["verify", "recipe=tiny"]) == 0, capsys.readouterr().out

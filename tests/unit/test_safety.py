@@ -137,7 +137,7 @@ def test_nothing_that_a_run_leaves_names_its_user_or_machine(
 
 @pytest.mark.usefixtures("in_process")
 def test_a_secret_among_the_words_is_not_in_the_command(home_of_ada: Path) -> None:
-    words = ["model", "recipe=tiny", f"launch.slurm.extra=['--comment=password={FLAG} more']"]
+    words = ["model", "recipe=tiny", f"tracking.tags=['password={FLAG} more']"]
     assert cli.main(words) == 0
     (manifest,) = Path("outputs/artifacts").glob("model-*/manifest.json")
     command = json.loads(manifest.read_text(encoding="utf-8"))["provenance"]["command"]

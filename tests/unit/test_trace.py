@@ -13,6 +13,7 @@ from torch import nn
 from ftpipe import trace
 from ftpipe.config import TrackingConfig
 from ftpipe.errors import ConfigError
+from ftpipe.sequences import Layout, Row, collate
 from ftpipe.trace import Trace
 
 
@@ -113,9 +114,27 @@ def test_another_token_mask_or_label_is_another_row() -> None:
         batch = padded([1, 2, 3])
         batch[name][0, 1] = 0
         assert trace.of_batch(batch) != known
-    batch = padded([1, 2, 3])
-    batch |= {f"mismatched_{name}": value for name, value in padded([7, 8]).items()}
-    assert trace.of_batch(batch)[0] == known[0] and len(trace.of_batch(batch)) == 2
+    batch = padded([1, 2, 3]) | {f"mismatched_{k}": v for k, v in padded([7, 8], [9]).items()}
+    assert trace.of_batch(batch) == known
+    assert trace.of_batch(batch, "mismatched_") == trace.of_batch(padded([7, 8], [9]))
+
+
+ROWS: list[Row] = [
+    ([5, 6, 7], [-100, 6, 7]),
+    ([8, 9], [-100, 9]),
+    ([1, 2, 3, 4], [-100, -100, 3, 4]),
+    ([2, 2], [-100, 2]),
+]
+
+
+@pytest.mark.parametrize("layout", [Layout.positions, Layout.blocks, Layout.flat])
+def test_packed_rows_are_the_same_however_they_share_a_sequence(layout: Layout) -> None:
+    alone = sorted(trace.of_batch(collate([[row] for row in ROWS], 0, Layout.positions)))
+    assert len(set(alone)) == len(ROWS)
+    for packs in ([[ROWS[0], ROWS[1]], [ROWS[2]], [ROWS[3]], []], [[*ROWS], []], [[ROWS[3]], ROWS[:3]]):
+        assert sorted(trace.of_batch(collate(packs, 0, layout))) == alone
+    apart = [collate(ROWS_, 0, layout) for ROWS_ in ([ROWS[:2]], [ROWS[2:]])]  # two micro-batches
+    assert sorted(row for batch in apart for row in trace.of_batch(batch)) == alone
 
 
 def test_rows_that_are_cut_elsewhere_are_others() -> None:

@@ -112,7 +112,7 @@ def read(words: list[str], output: Path, compose: Compose) -> Side:
 
 
 def _recipe(words: list[str], compose: Compose) -> Side:
-    (cfg,) = compose(words)
+    cfg, *_ = compose(words)  # of several seeds the first
     stages: dict[str, At] = {}
     notes: tuple[str, ...] = ()
     try:

@@ -67,27 +67,16 @@ def _object(line: str | None) -> dict[str, Any]:
 
 
 def _first_weight(one: Path, other: Path) -> Iterator[dict[str, Any]]:
-    """Yield the first tensor, in the order of ranks and of the file, whose digests differ."""
+    """Yield the first tensor, in the order of the file, whose digests differ."""
     first, second = _digests(one), _digests(other)
     if first is None or second is None:
         return
-    for rank in dict.fromkeys([*first, *second]):
-        a, b = first.get(rank), second.get(rank)
-        if not isinstance(a, dict) or not isinstance(b, dict):
-            if a != b:
-                values = [{"key": f"rank {rank}", "a": _there(a), "b": _there(b)}]
-                yield {"what": "initial weights", "step": None, "values": values, "ended": None}
-                return
-            continue
-        for name in dict.fromkeys([*a, *b]):
-            if a.get(name) != b.get(name):
-                values = [{"key": f"rank {rank}, {name}", "a": a.get(name), "b": b.get(name)}]
-                yield {"what": "initial weights", "step": None, "values": values, "ended": None}
-                return
-
-
-def _there(tensors: Any) -> str | None:
-    return None if tensors is None else "there"
+    for name in dict.fromkeys([*first, *second]):
+        a, b = first.get(name), second.get(name)
+        if a != b:
+            values = [{"key": name, "a": a, "b": b}]
+            yield {"what": "initial weights", "step": None, "values": values, "ended": None}
+            return
 
 
 def _digests(file: Path) -> dict[str, Any] | None:

@@ -206,7 +206,9 @@ class PpoTrainer:
         if self.trace.has(rollout + 1) or rollout + 1 == self.rollouts:
             drawn_rows = [[*one.prompt, *one.tokens] for one in found.answers]
             measured = {name: value for name, value in shown.items() if name in TRACED}
-            self.trace.step(rollout + 1, **measured, data=trace.of_rows(drawn_rows))
+            rate = self.schedule.get_last_lr()[0]
+            rows = trace.of_rows(drawn_rows)
+            self.trace.step(rollout + 1, **measured, learning_rate=rate, data=rows)
         # 6. The KL controller and the learning rate, for the next rollout.
         shown |= {"beta": beta, "learning_rate": self.schedule.get_last_lr()[0]}
         self.controller = self.controller.update(shown["kl"], size)
@@ -340,6 +342,7 @@ class PpoTrainer:
             }
         if self.ranks.rank == 0:
             keep = self.ppo.keep_checkpoints
+            self.trace.keep()
             state.save(folder, self.progress, weights, held, self.schedule, keep)
         return folder
 

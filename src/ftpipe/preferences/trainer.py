@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ftpipe import trace
 from ftpipe.choices import PreferenceLoss
 from ftpipe.preferences.logps import Reference, reply_logps
 from ftpipe.preferences.losses import (
@@ -71,6 +72,17 @@ class PreferenceTrainer(Ordered):
         super().recall(unlogged)
         device = self.args.device
         self._sums = {name: torch.tensor(sum_, device=device) for name, sum_ in unlogged["sums"].items()}
+
+    def rows(self, batch: dict[str, Any]) -> list[str]:
+        """Return digests of pairs, the chosen reply first, or of replies and whether one wants them."""
+        replies = trace.of_batch(batch)
+        if self.dpo.loss is not PreferenceLoss.kto:
+            pairs = len(replies) // 2
+            both = zip(replies[:pairs], replies[pairs:], strict=True)
+            return [trace.of_texts(pair) for pair in both]
+        others = trace.of_batch(batch, "mismatched_")
+        wanted = [str(bool(one)) for one in batch["wanted"]]
+        return [trace.of_texts(row) for row in zip(replies, others, wanted, strict=True)]
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> int:
         """Return how many pairs (or replies) of a step are real, over all ranks; count its tokens."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ftpipe import trace
 from ftpipe.reward.loss import group_losses
 from ftpipe.trainer import Ordered
 
@@ -33,6 +34,15 @@ class RewardTrainer(Ordered):
     def recall(self, unlogged: dict[str, Any]) -> None:
         super().recall(unlogged)
         self._sums = torch.tensor(unlogged["sums"], dtype=torch.float64, device=self.args.device)
+
+    def rows(self, batch: dict[str, Any]) -> list[str]:
+        """Return digests of pairs: the better reply, the worse one, their margin."""
+        replies = trace.of_batch(batch)
+        pairs = zip(batch["pairs_P2"].tolist(), batch["margins_P"].tolist(), strict=True)
+        return [
+            trace.of_texts([replies[better], replies[worse], repr(margin)])
+            for (better, worse), margin in pairs
+        ]
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> int:
         """Return how many prompts of the step have a pair, over all ranks; count its tokens."""

@@ -194,30 +194,39 @@ def remove(thing: Garbage, refers: References, unfinished: bool) -> str | None:
     Returns:
         why it stays, in words, or None.
     """
-    if thing.place is None:
-        return _out(thing, refers, unfinished)
     try:
+        if thing.place is None:
+            aside, why = _out(thing, refers, unfinished)
+            _delete(aside)
+            return why
         with artifacts.locked(thing.place) as lock:
-            why = _out(thing, refers, unfinished)
+            aside, why = _out(thing, refers, unfinished)
             left = [thing.place.with_name(thing.place.name + end) for end in ("", PARTIAL)]
             if not any(path.exists() for path in left):
                 lock.unlink(missing_ok=True)  # under the lock: see artifacts._lock
-            return why
+        _delete(aside)  # after it: whoever wants to build this does not wait
+        return why
     except BusyError as error:
         return str(error).split(";")[0]
     except OSError as error:
         return f"{thing.path} cannot be removed ({error.strerror})"
 
 
-def _out(thing: Garbage, refers: References, unfinished: bool) -> str | None:
+def _delete(aside: Path | None) -> None:
+    if aside is not None:
+        shutil.rmtree(aside)
+
+
+def _out(thing: Garbage, refers: References, unfinished: bool) -> tuple[Path | None, str | None]:
+    """Take a thing out of its place; return what is to be deleted, or why it stays."""
     path = thing.path
     if path.suffix == LOCK or not path.exists():
-        return None  # a lock goes with what it is of
+        return None, None  # a lock goes with what it is of
     if path.suffix != REMOVED:
         asked = bool(thing.name) and not (unfinished and path.suffix == PARTIAL)
         needed = f"{path.name} is needed by a run that has begun meanwhile"
         if asked and thing.name in refers.names():
-            return needed
+            return None, needed
         aside = path.with_name(thing.name + REMOVED)
         if aside.exists():
             shutil.rmtree(aside)
@@ -228,10 +237,9 @@ def _out(thing: Garbage, refers: References, unfinished: bool) -> str | None:
             kept = True
         if kept:
             aside.rename(path)
-            return needed
+            return None, needed
         path = aside
-    shutil.rmtree(path)
-    return None
+    return path, None
 
 
 def drop(run: Run) -> None:

@@ -98,6 +98,8 @@ def _extract(tar: tarfile.TarFile, archive: Path, folder: Path) -> Contents:
         with source, target.open("xb") as file:
             if _copied(source, file) != digest:
                 raise DataError(f"{archive} is damaged: {name} is not what the index says.")
+            file.flush()
+            os.fsync(file.fileno())  # a manifest that outlives a power cut must not be alone
     _check_artifacts(archive, folder, contents)
     return contents
 
@@ -253,7 +255,10 @@ def _bring_in(archive: Path, output: Path, scratch: Path) -> Path:
         raise UserError(f"{home} is there already; remove it first with `ftpipe runs remove {run}`.")
     place(scratch, run, output)
     home.parent.mkdir(exist_ok=True)
+    for made in (path for path in scratch.rglob("*") if path.is_dir()):
+        artifacts.sync(made)
     (scratch / "runs" / run).rename(home)
+    artifacts.sync(home.parent)
     for path in sorted(scratch.glob("inputs/*/*")):
         to = output / path.relative_to(scratch)
         to.parent.mkdir(parents=True, exist_ok=True)
@@ -264,4 +269,5 @@ def _bring_in(archive: Path, output: Path, scratch: Path) -> Path:
         with suppress(BusyError), artifacts.locked(final):  # whoever builds it makes the same
             if not final.exists():
                 path.rename(final)
+                artifacts.sync(final.parent)
     return home

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,9 +11,10 @@ from ftpipe import artifacts, pipeline, provenance, schema
 from ftpipe.artifacts import Artifact
 from ftpipe.combinations import TRAIN
 from ftpipe.config import RunConfig
-from ftpipe.errors import ConfigError, UserError, unknown
-from ftpipe.launch import StageFailed, environment, ranks_of
+from ftpipe.errors import ConfigError, DataError, ModelError, UserError, unknown
+from ftpipe.launch import StageFailed, environment, ranks_of, resolve_device
 from ftpipe.pipeline import STAGES, Step
+from ftpipe.runs import records
 from ftpipe.trace import INITIAL, TRACE
 from ftpipe.verify import files, rebuild, record, traces
 from ftpipe.verify.findings import Finding, Layer, Report
@@ -28,26 +28,29 @@ class Recorded:
     """A finished run, as it lies on the disk.
 
     Attributes:
-        cfg: its configuration, with what this machine asks for.
+        cfg: its configuration.
         made: its artifacts by stage, in order.
+        overrides: what this machine asks for, ``launch.processes=1`` and the like.
     """
 
     folder: Path
     cfg: RunConfig
     made: Mapping[str, Artifact]
+    overrides: Sequence[str] = ()
 
     @classmethod
-    def of(cls, folder: Path, cfg: RunConfig) -> Recorded:
+    def of(cls, folder: Path, overrides: Sequence[str] = ()) -> Recorded:
         """Read the record of a run.
 
         Raises:
             UserError: if it is not finished, or an artifact is gone or damaged.
         """
-        listed = folder / "artifacts.json"
-        if not listed.is_file():
-            raise UserError(f"{folder} has no artifacts.json: the run was never finished.")
-        root = folder.parent.parent
-        names: dict[str, str] = json.loads(listed.read_text(encoding="utf-8"))
+        cfg = schema.load(folder / "run.yaml", overrides)
+        cfg.check()
+        root = records.root_of(folder)
+        names = pipeline.listed(folder)
+        if not names:
+            raise UserError(f"{folder} does not say what it made: the run was never finished.")
         made = {}
         for stage, name in names.items():
             path = root / "artifacts" / name
@@ -56,7 +59,21 @@ class Recorded:
                     f"{path} is not there: the run was not finished, or it was removed; run it again."
                 )
             made[stage] = artifacts.open_artifact(path)
-        return cls(folder, cfg, made)
+        return cls(folder, cfg, made, overrides)
+
+    def cfg_of(self, stage: str) -> RunConfig:
+        """Return the configuration to make a stage by.
+
+        It is launched as its artifact was, which may be of an earlier run, and as this machine asks for.
+
+        Raises:
+            ConfigError: if this machine cannot run it so.
+        """
+        own = self.made[stage].manifest["config"]
+        parts = {name: own[name] for name in ("launch", "tracking")}
+        cfg = schema.changed(self.cfg, parts, self.overrides)
+        resolve_device(cfg)
+        return cfg
 
     def inputs(self, stage: str) -> dict[str, Artifact]:
         """Return the artifacts that a stage of the run had."""
@@ -100,25 +117,32 @@ class Verification:
             step = planned.get(stage)
             if step is None or (self.stages and stage not in self.stages):
                 continue
+            if stage == "evolve" and self.run.cfg.evolve.url is not None and not self.stages:
+                self.report.left_out.append(
+                    "evolve: a server's answers, which cost, and are others each time"
+                )
+                continue
             most = self._most(artifact)
             yield f"makes '{stage}' again" + (f", up to step {most}" if most is not None else "")
             try:
-                made = rebuild.again(self.run.cfg, step, self.run.inputs(stage), self.scratch, most)
+                cfg = self.run.cfg_of(stage)
+                made = rebuild.again(cfg, step, self.run.inputs(stage), self.scratch, most)
             except (UserError, StageFailed) as error:
-                says = f"it cannot be made here: {error}"
-                layer = Layer.steps if stage in TRAIN else LEAVES.get(stage, Layer.result)
-                self.report.look(layer, stage, "", [Finding(layer, stage, says)])
+                self.report.unmade.append(f"'{stage}' cannot be made here: {error}")
                 continue
             self._stage(artifact, made, most)
 
     def _plan(self) -> dict[str, Step]:
         """Return the stages as they would be made here and now; what is in the way is on record."""
+        here = replace(self.run.cfg, output=str(self.scratch))  # nothing is written to the run's
         try:
-            here = replace(self.run.cfg, output=str(self.scratch))  # nothing is written to the run's
             return {step.stage.name: step for step in pipeline.plan(here)}
-        except UserError as error:
+        except (DataError, ModelError) as error:
             self.report.look(Layer.data, "", "", [Finding(Layer.data, "", str(error))])
-            return {}
+        except UserError as error:
+            self.report.unmade.append(f"the run cannot be planned here: {error}")
+        self.report.left_out.append("config and data: the run cannot be planned here")
+        return {}
 
     def _record(self, planned: Mapping[str, Step]) -> None:
         """Compare what needs nothing to be made."""
@@ -131,6 +155,7 @@ class Verification:
             before = artifact.manifest["provenance"] | {"launch": artifact.manifest["config"]["launch"]}
             around += record.environment(before, here, stage)
             code += record.code(artifact, now)
+            around += record.attempts(artifact)
         count = sum(len(artifact.manifest["files"]) for artifact in made.values())
         look(Layer.record, "", f"{len(made)} artifacts, {count:,} files", _once(damage))
         look(Layer.environment, "", _of_environment(now), _once(around))
@@ -141,22 +166,27 @@ class Verification:
             if stage in made
             for finding in record.decided(made[stage], step)
         ]
-        for layer in (Layer.config, Layer.data):
+        for layer in (Layer.config, Layer.data) if planned else ():
             found = _once([one for one in decided if one.layer is layer])
             what = "every value that decides" if layer is Layer.config else "outside input, by content"
             look(layer, "", what, found)
 
     def _ranks(self, stage: str) -> dict[str, Any]:
         """Return how many ranks and threads would make a stage here, and how they would split a step."""
-        ranks = ranks_of(self.run.cfg, STAGES[stage])
-        threads = int(environment(self.run.cfg, ranks)["OMP_NUM_THREADS"])
+        try:
+            cfg = self.run.cfg_of(stage)
+        except ConfigError:  # which is said when it is to be made
+            cfg = self.run.cfg
+        ranks = ranks_of(cfg, STAGES[stage])
+        threads = int(environment(cfg, ranks)["OMP_NUM_THREADS"])
         told = {"world_size": ranks, "environment": {"blas_threads": threads}}
-        return {**told, "launch": schema.plain(self.run.cfg)["launch"]} if stage in TRAIN else told
+        return {**told, "launch": schema.plain(cfg)["launch"]} if stage in TRAIN else told
 
     def _most(self, artifact: Artifact) -> int | None:
         if artifact.stage not in TRAIN or self.full:
             return None
-        return self.steps or self.run.cfg.tracking.trace_first or 1
+        first: int = artifact.manifest["config"]["tracking"].get("trace_first", 0)
+        return self.steps or first or 1
 
     def _stage(self, artifact: Artifact, made: Path, most: int | None) -> None:
         stage = artifact.stage
@@ -182,7 +212,10 @@ class Verification:
             exact = not record.other_hardware(self.report.findings)
             tolerance = 0.0 if exact else traces.TOLERANCE[self.run.cfg.launch.precision]
             what, found = traces.steps(folder, made / name, of, most, tolerance)
-            self.report.look(Layer.steps, of, what, found)
+            if what == traces.NONE:
+                self.report.left_out.append(f"{of}: {what} (tracking.trace_first)")
+            else:
+                self.report.look(Layer.steps, of, what, found)
         if not _trained(artifact.path):
             self.report.left_out.append(f"{stage}: its artifact has no trace, so it is too old for this")
 

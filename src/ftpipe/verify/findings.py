@@ -42,11 +42,13 @@ class Report:
     Attributes:
         compared: what was looked at, in words, by layer and stage.
         left_out: what was not looked at, and why.
+        unmade: what could not be looked at here, and why.
     """
 
     findings: list[Finding] = field(default_factory=list)
     compared: list[tuple[Layer, str, str]] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    unmade: list[str] = field(default_factory=list)
 
     def look(self, layer: Layer, stage: str, what: str, found: list[Finding]) -> None:
         """Put on record that something was compared, with what came of it."""
@@ -62,7 +64,7 @@ class Report:
 
     @property
     def equal(self) -> bool:
-        return self.first is None
+        return self.first is None and not self.unmade
 
     def lines(self, shown: int = 3) -> list[str]:
         """Return the report for a person: a line for each comparison, and what differs below it.
@@ -82,8 +84,11 @@ class Report:
             if more > 0:
                 lines.append(f"            and {more:,} more")
         lines += [f"  not compared: {why}" for why in self.left_out]
+        lines += [f"  NOT MADE: {why}" for why in self.unmade]
         first = self.first
-        if first is None:
+        if first is None and self.unmade:
+            lines.append("equal as far as it was compared, which is not all")
+        elif first is None:
             close = any(one.tolerated for one in self.findings)
             lines.append("equal, within what other hardware may do" if close else "equal")
         else:
@@ -102,6 +107,7 @@ class Report:
                 for layer, stage, what in self.compared
             ],
             "not_compared": self.left_out,
+            "not_made": self.unmade,
         }
 
 

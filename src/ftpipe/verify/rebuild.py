@@ -33,6 +33,7 @@ def again(
 
     Raises:
         UserError: if the stage refuses its input here.
+        Stopped: if it was asked to stop.
         StageFailed: if it ends in any other way.
     """
     here = replace(cfg, output=str(scratch))
@@ -42,6 +43,8 @@ def again(
         try:
             return run_stage(here, step, inputs, run, ["ftpipe", "verify"])[0].path
         except Stopped:
+            if steps is None or stopping.driver_asked():  # it was not the number of steps that ended it
+                raise
             return place.with_name(f"{place.name}.partial")
 
 

@@ -48,6 +48,16 @@ def _facts(told: Mapping[str, Any]) -> dict[str, Any]:
     return facts if threads is None else facts | {"threads": threads}
 
 
+def attempts(artifact: Artifact) -> list[Finding]:
+    """Return what attempts that were interrupted had otherwise than the one that ended it."""
+    told = artifact.manifest["provenance"].get("earlier_attempts", [])
+    return [
+        Finding(Layer.environment, artifact.stage, f"an interrupted attempt had {name} {_said(value)}")
+        for one in told
+        for name, value in one.items()
+    ]
+
+
 def other_hardware(findings: list[Finding]) -> bool:
     """Say whether numbers may differ in their last bits for what was found of the environment."""
     return any(one.layer is Layer.environment and one.says.startswith(ROUNDS) for one in findings)

@@ -17,6 +17,7 @@ from ftpipe.verify.findings import Finding, Layer
 TOLERANCE = {Precision.fp32: 1e-3, Precision.bf16: 3e-2, Precision.fp16: 3e-2}
 WORDS = {"data": "its rows", "learning_rate": "learning rate", "grad_norm": "gradient norm"}
 CAUSES = ("data", "learning_rate", "loss")  # of a step, in this order; the rest follows from them
+NONE = "no step is on record"
 EXACT = ("data", "learning_rate")  # on any hardware
 
 
@@ -75,7 +76,7 @@ def steps(
 
 def _span(steps: Sequence[int]) -> str:
     if not steps:
-        return "no step is on record"
+        return NONE
     return f"{len(steps):,} on record from step {min(steps)} to {max(steps)}"
 
 

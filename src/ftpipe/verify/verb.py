@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import tempfile
 from collections import defaultdict
@@ -10,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ftpipe import schema
+from ftpipe import stopping
 from ftpipe.config import RunConfig
 from ftpipe.errors import ConfigError, unknown
 from ftpipe.resolve import resolved
@@ -22,7 +23,8 @@ from ftpipe.verify.findings import Report
 
 FLAGS, VALUES = ("--full", "--json", "--write"), ("--steps", "--stage", "--scratch")
 RECIPE, OUTPUT = "recipe=", "output="
-OWN = ("launch.", "tracking.")  # what a machine may ask for, without it being another run
+OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=.*", re.DOTALL)  # not ./a=b
+OWN = "launch."  # what a machine may ask for, without it being another run
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,11 @@ def parse(words: Sequence[str]) -> Asked:
     plain, values = _options(words)
     recipes = [word.removeprefix(RECIPE) for word in plain if word.startswith(RECIPE)]
     outputs = [word.removeprefix(OUTPUT) for word in plain if word.startswith(OUTPUT)]
-    others = [word for word in plain if "=" in word and not word.startswith((RECIPE, OUTPUT))]
+    others = [
+        word for word in plain if OVERRIDE.fullmatch(word) and not word.startswith((RECIPE, OUTPUT))
+    ]
     overrides = [_checked(word) for word in others]
-    runs = [word for word in plain if "=" not in word]
+    runs = [word for word in plain if not OVERRIDE.fullmatch(word)]
     if len(runs) + len(recipes) != 1:
         raise ConfigError(
             f"verify takes one run or recipe, but got {len(runs) + len(recipes)}; give the folder of a "
@@ -123,8 +127,8 @@ def _checked(word: str) -> str:
     key = word.partition("=")[0]
     if not key.startswith(OWN):
         raise ConfigError(
-            f"{key} decides the result, so another value makes another run; verify takes keys of "
-            "launch and tracking alone, such as launch.processes=1."
+            f"{key} is the run's own, and another value makes another run; verify takes keys of launch "
+            "alone, such as launch.processes=1."
         )
     return word
 
@@ -137,6 +141,7 @@ def main(words: Sequence[str]) -> int:
         StageFailed: if a recipe cannot be made here.
     """
     asked = parse(words)
+    stopping.forget()
     with tempfile.TemporaryDirectory(prefix="ftpipe-verify-") as folder:
         scratch = asked.scratch or Path(folder)
         scratch.mkdir(parents=True, exist_ok=True)
@@ -156,9 +161,8 @@ def _run(asked: Asked, scratch: Path) -> Report:
         folder = unpack(asked.run, scratch / "archive")
     else:
         folder = find.run(str(asked.run), asked.output).folder
-    cfg = schema.load(folder / "run.yaml", asked.overrides)
-    cfg.check()
-    verification = Verification(Recorded.of(folder, cfg), scratch, asked.steps, asked.full, asked.stages)
+    recorded = Recorded.of(folder, asked.overrides)
+    verification = Verification(recorded, scratch, asked.steps, asked.full, asked.stages)
     for doing in verification:
         _say(doing)
     return verification.report
@@ -166,7 +170,7 @@ def _run(asked: Asked, scratch: Path) -> Report:
 
 def _recipe(asked: Asked, scratch: Path) -> Report | None:
     """Make a recipe and compare it with the trace it ships, or ship one."""
-    (run,) = resolved([f"{RECIPE}{asked.recipe}", *asked.overrides])
+    run, *_ = resolved([f"{RECIPE}{asked.recipe}", *asked.overrides])  # of its first seed
     shipped = None if asked.write else reference.read(run.file)
     fresh = reference.Fresh(run.cfg, scratch)
     for doing in fresh:

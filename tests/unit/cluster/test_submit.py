@@ -10,6 +10,8 @@ import pytest
 from ftpipe import cli
 from ftpipe.cluster import controller
 from ftpipe.cluster.record import Record
+from ftpipe.config import RunConfig
+from ftpipe.errors import ConfigError
 from tests.unit.cluster.conftest import Commands
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
@@ -236,8 +238,28 @@ def test_a_device_that_depends_on_the_machine_is_refused(
 
 @pytest.mark.parametrize("key", ["launch.nodes", "launch.slurm.stages.sft.nodes"])
 def test_several_nodes_are_for_jobs(key: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["plan", *TINY, f"{key}=2"]) == 2
+    assert cli.main(["run", *TINY, f"{key}=2"]) == 2
     assert "launch.nodes=2 needs a job of Slurm; submit it " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "refused"),
+    [
+        ("export HF_TOKEN=hf_abcdefghijkl", True),
+        ("export WANDB_API_KEY='abc'", True),
+        ("export HF_TOKEN=$(cat ~/.token)", False),
+        ("source ~/.secrets", False),
+    ],
+)
+def test_a_secret_in_a_script_is_refused_where_one_from_a_file_is_not(
+    line: str, refused: bool, cfg: RunConfig
+) -> None:
+    cfg.launch.slurm.setup = [line]
+    if not refused:
+        cfg.launch.slurm.check()
+        return
+    with pytest.raises(ConfigError, match="launch.slurm.setup holds what looks like a secret"):
+        cfg.launch.slurm.check()
 
 
 def test_submit_says_which_option_it_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:

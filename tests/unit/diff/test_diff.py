@@ -14,6 +14,7 @@ from ftpipe import artifacts, cli, pipeline, schema
 from ftpipe.config import RunConfig
 from ftpipe.diff import command, sides
 from ftpipe.errors import ConfigError
+from ftpipe.trace import INITIAL, Trace
 from tests.unit.runs import made
 
 
@@ -264,23 +265,29 @@ def test_a_line_that_cannot_be_read_is_told(cfg: RunConfig, capsys: pytest.Captu
     assert {"key": "line", "a": None, "b": '{"step": 2, "lo'} in row["values"]
 
 
+def first_weights(folder: Path, weights: dict[str, str]) -> str:
+    """Return the file as a training writes it."""
+    Trace(folder, first=1, every=1, writes=True).initial(weights)
+    return (folder / INITIAL).read_text()
+
+
 def test_the_first_initial_weight_that_differs(
-    cfg: RunConfig, capsys: pytest.CaptureFixture[str]
+    cfg: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = {"0": {"b.weight": "aa", "a.weight": "bb"}, "1": {"b.weight": "aa"}}
-    second = {"0": {"b.weight": "aa", "a.weight": "cc"}, "1": {"b.weight": "dd"}}
-    one = at(cfg, "one", files={"initial.json": json.dumps(first)})
-    two = at(cfg, "two", files={"initial.json": json.dumps(second)})
+    first = first_weights(tmp_path, {"b.weight": "aa", "rank 1: a.weight": "bb", "c": "dd"})
+    second = first_weights(tmp_path, {"b.weight": "aa", "rank 1: a.weight": "cc", "c": "ee"})
+    one = at(cfg, "one", files={"initial.json": first})
+    two = at(cfg, "two", files={"initial.json": second})
     (row,) = sft_rows(diff(capsys, one, two))
     assert row["what"] == "initial weights"
-    assert row["values"] == [{"key": "rank 0, a.weight", "a": "bb", "b": "cc"}]
+    assert row["values"] == [{"key": "rank 1: a.weight", "a": "bb", "b": "cc"}]
 
 
-def test_a_rank_too_many(cfg: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    one = at(cfg, "one", files={"initial.json": json.dumps({"0": {"a": "x"}})})
-    two = at(cfg, "two", files={"initial.json": json.dumps({"0": {"a": "x"}, "1": {"a": "x"}})})
+def test_a_weight_too_many(cfg: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = at(cfg, "one", files={"initial.json": first_weights(tmp_path, {"a": "x"})})
+    two = at(cfg, "two", files={"initial.json": first_weights(tmp_path, {"a": "x", "b": "y"})})
     (row,) = sft_rows(diff(capsys, one, two))
-    assert row["values"] == [{"key": "rank 1", "a": None, "b": "there"}]
+    assert row["values"] == [{"key": "b", "a": None, "b": "y"}]
 
 
 def test_what_was_not_recorded_is_told_and_is_no_difference(

@@ -35,8 +35,8 @@ def test_words_are_read() -> None:
         (["a", "--steps"], "--steps needs a value"),
         (["a", "--steps=3", "--full"], "leave --steps out"),
         (["a", "--full=yes"], "--full"),
-        (["a", "sft.learning_rate=1"], "sft.learning_rate decides the result"),
-        (["a", "seed=1"], "seed decides the result"),
+        (["a", "sft.learning_rate=1"], "sft.learning_rate is the run.s own"),
+        (["a", "seed=1"], "seed is the run.s own"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_sentence(words: list[str], says: str) -> None:
