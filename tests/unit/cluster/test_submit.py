@@ -258,7 +258,7 @@ def test_a_secret_in_a_script_is_refused_where_one_from_a_file_is_not(
     if not refused:
         cfg.launch.slurm.check()
         return
-    with pytest.raises(ConfigError, match="launch.slurm.setup holds what looks like a secret"):
+    with pytest.raises(ConfigError, match=r"launch\.slurm\.setup holds what looks like a secret"):
         cfg.launch.slurm.check()
 
 
