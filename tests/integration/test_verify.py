@@ -94,9 +94,7 @@ def other_python(patched: pytest.MonkeyPatch, run: Path) -> None:
 
 
 def more_threads(patched: pytest.MonkeyPatch, run: Path) -> None:
-    text = (run / "run.yaml").read_text()
-    assert "\n  threads: 1\n" in text
-    (run / "run.yaml").write_text(text.replace("\n  threads: 1\n", "\n  threads: 2\n"))
+    manifest("prepare", lambda read: read["provenance"]["environment"].update(blas_threads=2))
 
 
 def more_ranks(patched: pytest.MonkeyPatch, run: Path) -> None:
@@ -172,7 +170,7 @@ def flipped_weight(patched: pytest.MonkeyPatch, run: Path) -> None:
 FAULTS = [
     (other_package, "environment", "peft 0.1.0 is recorded, ", "prepare"),
     (other_python, "environment", "3.99.0 here", "prepare"),
-    (more_threads, "environment", "threads 1 is recorded, 2 here", "prepare"),
+    (more_threads, "environment", "threads 2 is recorded, 1 here", "prepare"),
     (more_ranks, "environment", "ranks 2 is recorded, 1 here", "prepare"),
     (other_source, "code", "stages/sft.py is other", "prepare"),
     (other_seed, "config", "seed=0 is recorded, 1 here", "prepare"),
