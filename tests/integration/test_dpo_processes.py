@@ -91,7 +91,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(
         _wait_until_gone(hurt)
     again = ftpipe(hurt, *words)
     assert again.returncode == 0, again.stderr
-    for file in ("adapter_model.safetensors", "samples.md"):
+    for file in ("adapter_model.safetensors", "samples.md", "trace.jsonl", "initial.json"):
         ours, theirs = (made(folder, "dpo") / file for folder in (hurt, unhurt))
         assert ours.read_bytes() == theirs.read_bytes(), file
     assert losses(hurt) == losses(unhurt)

@@ -51,7 +51,10 @@ def answers(folder: Path) -> dict[str, Any]:
 
 def files(folder: Path) -> dict[str, bytes]:
     """Return what must be the same, byte for byte."""
-    names = ("adapter_model.safetensors", "adapter_config.json", "samples.md", "curves.png")
+    names = (
+        *("adapter_model.safetensors", "adapter_config.json", "samples.md", "curves.png"),
+        *("trace.jsonl", "initial.json"),
+    )
     found = {name: (made(folder) / name).read_bytes() for name in names}
     return found | {path.name: path.read_bytes() for path in (made(folder) / "held_out").iterdir()}
 

@@ -95,6 +95,8 @@ def test_killed_after_a_checkpoint_it_ends_with_the_same_weights(whole: Path, tm
     assert again.returncode == 0, again.stderr
     assert "continuing from checkpoint-" in again.stdout
     assert weights(tmp_path) == weights(whole)
+    for name in ("trace.jsonl", "initial.json"):  # as if nothing had happened
+        assert (policy(tmp_path) / name).read_bytes() == (policy(whole) / name).read_bytes()
     for name in ("held_out_loss", "held_out_loss_before", "loss_last"):
         ours, theirs = (artifacts.open_artifact(policy(root)).metrics for root in (tmp_path, whole))
         assert ours[name] == theirs[name]

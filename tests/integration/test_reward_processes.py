@@ -80,6 +80,7 @@ def test_killed_in_the_second_member_it_ends_with_the_same_bytes(
     names = (
         *("report.json", "reward.json", "report.md", "reliability.png", "reward_by_length.png"),
         *(f"member-{k}/adapter_model.safetensors" for k in (0, 1)),
+        *(f"member-{k}/trace.jsonl" for k in (0, 1)),
     )
     for name in names:
         assert (made(tmp_path) / name).read_bytes() == (made(whole[2]) / name).read_bytes(), name
