@@ -16,6 +16,8 @@ from ftpipe.errors import LockError
 from ftpipe.lock import hold, record
 from ftpipe.lock.record import Lock
 
+pytestmark = pytest.mark.slow  # each composes recipes, plans and reads them many times
+
 RECIPE = """\
 # Mine.
 defaults: [tiny, {override /data: own}]

@@ -23,6 +23,8 @@ from ftpipe.errors import ConfigError, DataError, UserError
 from ftpipe.runs import archive, find, unpack
 from tests.unit.runs import made
 
+pytestmark = pytest.mark.slow  # each composes recipes, plans and reads them many times
+
 OUTPUT = Path("outputs")
 TAR = Path("run.tar")
 
