@@ -394,7 +394,8 @@ def test_an_adapter_without_its_weights_is_refused(
     made = run(*SHORT, "stages=[prepare,sft]")
     (made["sft"].path / "adapter_model.safetensors").unlink()
     assert cli.main(["run", *SHORT, f"stages=[prepare,sft,{stage}]"]) == 2
-    assert "has no adapter_model.safetensors; delete the folder" in capfd.readouterr().err
+    told = capfd.readouterr().err
+    assert "is damaged (adapter_model.safetensors is missing); delete the folder" in told
 
 
 def test_kto_with_one_held_out_prompt_says_what_to_do(capfd: pytest.CaptureFixture[str]) -> None:
@@ -417,6 +418,10 @@ def test_another_policys_log_probs_are_refused(capfd: pytest.CaptureFixture[str]
     stored.unlink()
     apart = {"logps": [[value + 5 for value in row] for row in rows]}
     reference.write(made["reference"].path, Use.preferences, Part.train, apart)
+    manifest = made["reference"].path / artifacts.MANIFEST  # as if they had been made so
+    told = json.loads(manifest.read_text())
+    told["files"] = artifacts.digests(made["reference"].path)
+    manifest.write_text(json.dumps(told))
     assert cli.main(["run", *words, "dpo.beta=0.3"]) == 2
     assert "the reference is not the policy that comes in" in capfd.readouterr().err
 

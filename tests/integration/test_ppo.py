@@ -443,7 +443,7 @@ def test_ended_for_its_health_it_says_why_and_goes_on_when_the_limit_is_raised(
     (ended,) = partial.glob("checkpoints/ended-*")
     assert str(ended) in said or ended.name in said
     assert {path.name for path in ended.iterdir()} == {
-        *("trained.safetensors", "optimizer.safetensors", "state.json"),
+        *("trained.safetensors", "optimizer.safetensors", "state.json", "whole.json"),
     }
     done = int(ended.name.rsplit("-", 1)[1])
     assert 1 <= done < 4 and len(rollouts(partial)) == done
