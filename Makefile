@@ -68,7 +68,7 @@ doctor: ## say what this machine can run and what is missing
 recipes doctor: $(READY)
 	@$(BIN)/ftpipe $@
 
-.PHONY: test test-slow bench-sft bench-prepare bench-preferences bench-ppo bench-ppo-learning bench-ppo-memory bench-record bench-kills
+.PHONY: test test-slow bench-sft bench-prepare bench-preferences bench-ppo bench-ppo-learning bench-ppo-memory bench-scaling bench-record bench-kills
 test: ## run the fast tests; args="-k name" for some of them
 test: $(READY)
 	$(BIN)/pytest -n auto --maxprocesses 4 -m 'not slow' $(ARGS)
@@ -90,6 +90,9 @@ bench-ppo: $(READY)
 bench-ppo-learning: ## see what PPO learns, against known truths, over several seeds
 bench-ppo-learning: $(READY)
 	$(BIN)/python benchmarks/ppo_learning.py $(ARGS)
+bench-scaling: ## measure one process and two of each strategy
+bench-scaling: $(READY)
+	$(BIN)/python benchmarks/scaling.py $(ARGS)
 bench-record: ## measure what the record of a run costs
 bench-record: $(READY)
 	$(BIN)/python benchmarks/record.py $(ARGS)
