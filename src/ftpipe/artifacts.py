@@ -90,10 +90,14 @@ def open_artifact(path: Path) -> Artifact:
         ) from None
 
 
-def damage(artifact: Artifact) -> Iterator[str]:
-    """Yield what is wrong with an artifact's files, one by one; reads every byte of them."""
-    for name, value in artifact.manifest["files"].items():
-        path = artifact.path / name
+def damage(folder: Path, files: Mapping[str, str]) -> Iterator[str]:
+    """Yield what is wrong with the files of a folder, one by one; reads every byte of them.
+
+    Args:
+        files: their digests by relative path, as ``digests`` had them when they were written.
+    """
+    for name, value in files.items():
+        path = folder / name
         if not path.is_file():
             yield f"{name} is missing"
         elif digest(path) != value:

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ftpipe.artifacts import digest, sync, write_atomic
+from ftpipe.artifacts import damage, digest, sync, write_atomic
 from ftpipe.choices import Strategy
 from ftpipe.errors import ConfigError
 from ftpipe.logs import say
@@ -49,10 +49,10 @@ def newest_whole(folder: Path) -> Path | None:
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
         if not (checkpoint / SEAL).is_file():
             continue
-        damage = damaged(checkpoint)
-        if damage is None:
+        wrong = damaged(checkpoint)
+        if wrong is None:
             return checkpoint
-        say(f"WARNING: {checkpoint} is damaged ({damage}); the one before is taken, if there is one")
+        say(f"WARNING: {checkpoint} is damaged ({wrong}); the one before is taken, if there is one")
     return None
 
 
@@ -62,13 +62,7 @@ def damaged(checkpoint: Path) -> str | None:
         files: dict[str, str] = _stated(checkpoint)["files"]
     except (ValueError, KeyError, TypeError):
         return f"{SEAL} cannot be read"
-    for name, value in files.items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if digest(path) != value:
-            return f"{name} is not as it was written"
-    return None
+    return next(damage(checkpoint, files), None)
 
 
 def last_checkpoint(folder: Path, strategy: Strategy, ranks: int) -> Path | None:

@@ -180,7 +180,7 @@ def _check_whole(artifact: Artifact) -> None:
     Raises:
         DataError: naming the file, and what to do.
     """
-    for wrong in artifacts.damage(artifact):
+    for wrong in artifacts.damage(artifact.path, artifact.manifest["files"]):
         raise DataError(
             f"{artifact.path} is damaged ({wrong}); delete the folder, and the same command makes it "
             "again."

@@ -11,7 +11,7 @@ from typing import Any
 from ftpipe.runs.records import Piece
 
 TRACE = "trace.jsonl"  # of a trained artifact: an object for each step, numbers in full
-INITIAL = "initial.json"  # of a trained artifact: rank -> name of a tensor -> digest
+INITIAL = "initial.json"  # of a trained artifact: name of a tensor -> digest
 
 
 def rows(stage: str, one: Piece, other: Piece) -> list[dict[str, Any]]:

@@ -50,8 +50,9 @@ def damage(artifact: Artifact) -> list[Finding]:
     """Return which files of an artifact are not as its manifest has them."""
     files = (path for path in sorted(artifact.path.rglob("*")) if path.is_file())
     names = [path.relative_to(artifact.path).as_posix() for path in files]
-    known = {*artifact.manifest["files"], MANIFEST}
-    found = [*artifacts.damage(artifact), *(f"{name} was added" for name in names if name not in known)]
+    written: dict[str, str] = artifact.manifest["files"]
+    added = [f"{name} was added" for name in names if name not in {*written, MANIFEST}]
+    found = [*artifacts.damage(artifact.path, written), *added]
     return [Finding(Layer.record, artifact.stage, says) for says in found]
 
 
