@@ -52,7 +52,8 @@ fi
 # torch is there: deepspeed asks for other packages when it can see torch.
 awk '/^[^ ]/ { keep = /^setuptools==/ } keep' requirements.lock >.venv/build-tools.txt
 pip install --quiet --require-hashes -r .venv/build-tools.txt
-pip install --require-hashes --no-build-isolation "${sources[@]}" 2>.venv/pip-errors.txt |
+# The lock is whole, so nothing is resolved anew (pip takes a pin of a package for none of its extras).
+pip install --require-hashes --no-deps --no-build-isolation "${sources[@]}" 2>.venv/pip-errors.txt |
   awk '/Downloading .* [MG]B/ { sub(/.*Downloading /, ""); split($0, part, "-"); size = $(NF - 1) " " $NF
          print "  " part[1], part[2], size; fflush() }
        /^Installing/ { print "  installing"; fflush() }' ||
