@@ -78,12 +78,11 @@ else:
         processing_class=tokenizer,
         peft_config=peft,
     )
-result = trainer.train()
+trainer.train()
 print(
     json.dumps(
         {
             "tokens": trainer._total_train_tokens,
-            "pairs_per_second": len(rows) / result.metrics["train_runtime"],
             "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
             "loss": trainer.state.log_history[0]["loss"],
         }

@@ -4,7 +4,10 @@
 
 Rows are ``prompt, chosen, rejected`` texts, cut to one length. Each run is one epoch over the same rows
 in batches of the same size. Both sides of a comparison run at the same time, a core each, so that
-whatever else the machine does slows both; the next time they change cores. What counts are the ratios.
+whatever else the machine does slows both; they begin their first steps together, and change cores the
+next time. Both are timed by the same code (clock/sitecustomize.py), from the first step on: by the
+clock, and by what the processor worked for them, which other work on the machine disturbs less. What
+counts are the ratios.
 ``two adapters`` trains a LoRA policy against a frozen copy of itself: ours on one base, TRL's with a
 second model as its reference. Writes benchmarks/results/preferences-<cpu|gpu>.json.
 """
@@ -23,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from together import together
+from together import at_once, together
 
 from ftpipe import provenance
 
@@ -97,6 +100,8 @@ def side_by_side(chosen: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     measured: dict[str, list[Measurement]] = {}
     for number in range(chosen.runs):
         for work, sides in works.items():
+            for left in ("ftpipe", "trl"):  # of the comparison before
+                (scratch / f"{left}.ready").unlink(missing_ok=True)
             for side, found in zip(("ftpipe", "trl"), together(sides, number), strict=True):
                 measured.setdefault(f"{work}: {side}", []).append(found)
                 shown = {key: round(value, 4) for key, value in found.items()}
@@ -107,7 +112,7 @@ def side_by_side(chosen: argparse.Namespace, scratch: Path) -> dict[str, Any]:
                 a[key] / b[key]
                 for a, b in zip(measured[f"{work}: ftpipe"], measured[f"{work}: trl"], strict=True)
             )
-            for key in ("pairs_per_second", "peak_memory_gib")
+            for key in ("pairs_per_second", "pairs_per_cpu_second", "peak_memory_gib")
         }
         for work in works
     }
@@ -159,18 +164,18 @@ def ours(scratch: Path, rows: Path, stage: str, *extra: str) -> Measurement:
             old.unlink()  # the same work again, not reused
             old.parent.rename(scratch / f"done-{os.urandom(4).hex()}")
     command = [sys.executable, "-m", "ftpipe.cli", "run", *words]
+    env = {**os.environ, **clock(scratch, "ftpipe", f"{stage}.job.json")}
     subprocess.run(
-        command, cwd=scratch, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command, cwd=scratch, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env
     )
     (made,) = (scratch / "outputs/artifacts").glob(f"{stage}-*/manifest.json")
     if stage == "sft" and not (scratch / "tuned").exists():
         (scratch / "tuned").symlink_to(made.parent)
     manifest = json.loads(made.read_text())
     metrics = manifest["metrics"]
-    pairs = len(rows.read_text(encoding="utf-8").splitlines())
     return {
         "tokens": metrics["tokens"],
-        "pairs_per_second": pairs * metrics["tokens_per_second"] / metrics["tokens"],
+        **({} if stage == "sft" else speed(scratch, "ftpipe", rows)),
         "peak_memory_gib": manifest["provenance"]["peak_memory_gib"],
         "loss": metrics["loss_first"],
     }
@@ -187,12 +192,39 @@ def plain(scratch: Path, model: Path, rows: Path, stage: str, adapter: Path | No
         "micro_batch": MICRO_BATCH,
     }
     command = [sys.executable, str(HERE / "plain_trl_preferences.py"), json.dumps(settings)]
-    env = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "TOKENIZERS_PARALLELISM": "false"}
+    env = {
+        **os.environ,
+        **clock(scratch, "trl", "plain_trl_preferences"),
+        "OMP_NUM_THREADS": str(THREADS),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     done = subprocess.run(
         command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env
     )
     measured: Measurement = json.loads(done.stdout.splitlines()[-1])
-    return measured
+    return measured | speed(scratch, "trl", rows)
+
+
+def clock(scratch: Path, side: str, word: str) -> dict[str, str]:
+    """Return the environment in which a training whose command has a word tells what it took.
+
+    It waits for the other side, where both run at once.
+    """
+    path = os.pathsep.join([str(HERE / "clock"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    told = {"PYTHONPATH": path, "FTPIPE_CLOCK": str(scratch / side), "FTPIPE_CLOCK_FOR": word}
+    if at_once(2) and "sft" not in word:
+        told["FTPIPE_CLOCK_OTHER"] = str(scratch / ("trl" if side == "ftpipe" else "ftpipe"))
+    return told
+
+
+def speed(scratch: Path, side: str, rows: Path) -> Measurement:
+    """Return what a side's clock told, per second of either kind."""
+    told = json.loads((scratch / side).read_text())
+    pairs = len(rows.read_text(encoding="utf-8").splitlines())
+    return {
+        "pairs_per_second": pairs / told["seconds"],
+        "pairs_per_cpu_second": pairs / told["cpu_seconds"],
+    }
 
 
 if __name__ == "__main__":

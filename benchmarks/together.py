@@ -12,6 +12,15 @@ from ftpipe import provenance
 T = TypeVar("T")
 
 
+def _cores() -> list[int]:
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
+
+
+def at_once(sides: int) -> bool:
+    """Say whether so many sides run at the same time."""
+    return len(_cores()) >= sides and not provenance.gpus()
+
+
 def together(sides: Sequence[Callable[[], T]], number: int) -> list[T]:
     """Return what each side measures; all run at once, each on a core of its own.
 
@@ -21,9 +30,9 @@ def together(sides: Sequence[Callable[[], T]], number: int) -> list[T]:
     Args:
         number: of this comparison; from one to the next the sides change cores.
     """
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
-    if len(cores) < len(sides) or provenance.gpus():
+    if not at_once(len(sides)):
         return [side() for side in sides]
+    cores = _cores()
 
     def on_core(place: int) -> T:
         os.sched_setaffinity(0, {cores[(place + number) % len(sides)]})  # of this thread alone
