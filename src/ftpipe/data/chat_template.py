@@ -260,7 +260,7 @@ def _find_turns(
 
 
 @lru_cache
-def _on_one_day(template: str) -> str:
+def on_one_day(template: str) -> str:
     """Return a chat template with a date in place of each call that asks for today's.
 
     Raises:
@@ -283,7 +283,7 @@ def _apply(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat], prompt: bo
     options: dict[str, Any] = {
         "tokenize": False,
         "add_generation_prompt": prompt,
-        "chat_template": _on_one_day(str(tokenizer.chat_template)),
+        "chat_template": on_one_day(str(tokenizer.chat_template)),
     }
     try:
         rendered = iter(tokenizer.apply_chat_template(full, **options))

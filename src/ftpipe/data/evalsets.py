@@ -136,7 +136,7 @@ def _mmlu(name: str, settings: EvalSetConfig, file: Path | None) -> Iterator[Fie
     key = f"data.decontaminate.{name}"
     if file.is_file() and file.suffix == ".csv":
         return _headerless(file.name, lambda: file.open(encoding="utf-8", newline=""))
-    return _subjects(key, settings, file)
+    return mmlu_tables(key, file, settings.split)
 
 
 def _question(where: str, fields: dict[str, Any]) -> Fields:
@@ -149,8 +149,19 @@ def _question(where: str, fields: dict[str, Any]) -> Fields:
     return where, parts.groupdict()
 
 
-def _subjects(key: str, settings: EvalSetConfig, file: Path) -> Iterator[Fields]:
-    """Yield the rows of every subject's file of the split, in the order of their names."""
+def mmlu_tables(key: str, file: Path, split: str) -> Iterator[Fields]:
+    """Yield the rows of every subject's file of a split, in the order of their names.
+
+    Args:
+        key: what names the file in the configuration, up to ``path``.
+        file: hendrycks' .zip, or a folder with its headerless CSV files (``*_<split>.csv``).
+
+    Yields:
+        file and row, and the columns: subject, question, A, B, C, D, answer.
+
+    Raises:
+        DataError: if it cannot be read, or has no such split.
+    """
     try:
         with zipfile.ZipFile(file) if file.is_file() else _Folder(file) as archive:
             tables = sorted(
@@ -158,19 +169,19 @@ def _subjects(key: str, settings: EvalSetConfig, file: Path) -> Iterator[Fields]
                 for member in archive.namelist()
                 if member.endswith(".csv") and not member.rsplit("/", 1)[-1].startswith(".")
             )
-            split = [table for table in tables if table.endswith(f"_{settings.split}.csv")]
-            if not split:
+            found = [table for table in tables if table.endswith(f"_{split}.csv")]
+            if not found:
                 splits = sorted({Path(table).stem.rsplit("_", 1)[-1] for table in tables})
-                raise DataError(f"{key}: {file}: " + unknown("split", settings.split, splits))
-            for table in split:
+                raise DataError(f"{key}: {file}: " + unknown("split", split, splits))
+            for table in found:
                 yield from _headerless(
                     table,
                     lambda table=table: io.TextIOWrapper(archive.open(table), "utf-8", newline=""),  # type: ignore[misc]
                 )
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError):  # the last: of an encrypted one
-        raise DataError(f"{key}.path={settings.path} is not a whole, open zip file.") from None
+        raise DataError(f"{key}.path={file} is not a whole, open zip file.") from None
     except OSError as error:
-        raise DataError(f"{key}.path={settings.path} cannot be read ({error.strerror}).") from None
+        raise DataError(f"{key}.path={file} cannot be read ({error.strerror}).") from None
 
 
 class _Folder:
@@ -209,4 +220,6 @@ def _named(table: str, listed: Iterable[list[str]]) -> Iterator[Fields]:
                 f"{table}, row {number}: {len(values)} columns, not the {len(MMLU_COLUMNS)} of MMLU "
                 f"({', '.join(MMLU_COLUMNS)}, no header)."
             )
-        yield f"{table}, row {number}", dict(zip(MMLU_COLUMNS, values, strict=True))
+        subject = Path(table).stem.rsplit("_", 1)[0]
+        columns = zip(MMLU_COLUMNS, values, strict=True)
+        yield f"{table}, row {number}", {"subject": subject, **dict(columns)}

@@ -75,17 +75,21 @@ class Endpoint(Protocol):
 class Journal:
     """Finished calls, one JSON line each, written as they finish.
 
-    The end of a line that a kill has torn is dropped, so that its call is asked again.
+    The end of a line that a kill has torn is dropped, so that its call is asked again. Refusals are
+    written once something is answered: where all is refused, it is not the prompts, and what is mended
+    by then may answer them.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._known: dict[str, Said] = {}
         self._used: dict[str, None] = {}  # keys in the order of their first use
         whole = _whole_lines(path) if path.is_file() else b""
-        self._known.update(_entries(whole))
+        found = dict(_entries(whole))
+        self._answered = any(said.refused is None for said in found.values())
+        self._known: dict[str, Said] = found if self._answered else {}
+        self._held: list[str] = []  # lines of refusals before the first answer
         self._file = path.open("ab")
-        self._file.truncate(len(whole))
+        self._file.truncate(len(whole) if self._answered else 0)
 
     def __len__(self) -> int:
         return len(self._known)
@@ -105,7 +109,7 @@ class Journal:
             batch = unique[start : start + endpoint.together]
             if any(key not in self._known for key, _ in batch):
                 waiting += [call for _, call in batch]
-        for call, said in progress(endpoint.complete(waiting), what):
+        for call, said in progress(endpoint.complete(waiting), what, len(waiting)):
             self._add(call.key(endpoint.model), said)
             if stopping.asked():
                 raise Stopped(f"with {len(self):,} calls in its journal")
@@ -114,8 +118,12 @@ class Journal:
     def _add(self, key: str, said: Said) -> None:
         if key not in self._known:
             self._known[key] = said
-            self._file.write(_line(key, said).encode())
-            self._file.flush()
+            self._held.append(_line(key, said))
+            self._answered = self._answered or said.refused is None
+            if self._answered:
+                self._file.write("".join(self._held).encode())
+                self._file.flush()
+                self._held.clear()
 
     def close(self) -> None:
         self._file.close()

@@ -1,27 +1,38 @@
-"""The run's own base model as an endpoint: batched generation, each row with draws of its own."""
+"""A model in memory as an endpoint: batched generation, each row with draws of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TopPLogitsWarper,
+)
 
 from ftpipe import determinism, modeling
 from ftpipe import tokenizer as tokenizers
 from ftpipe.choices import Device, Method
 from ftpipe.config import AdapterConfig, RunConfig
+from ftpipe.data.prompt import Endings
 from ftpipe.errors import ConfigError
 from ftpipe.evolve.calls import Call, Said
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Shapes: B rows of a batch, T tokens, V vocabulary.
+
+UNMARKED = Endings(frozenset())  # nothing but eos
 
 
 class OwnDraws(LogitsProcessor):
@@ -52,28 +63,57 @@ class OwnDraws(LogitsProcessor):
         return scores_V + noise_V.to(scores_V)
 
 
-class LocalModel:
-    """The base model of the run, unquantised, in the run's precision.
+class Marked(StoppingCriteria):
+    """End a row where one of some texts stands in what was said: not in its prompt.
 
-    Raises:
-        ModelError: if it cannot be loaded.
-        ConfigError: if its tokenizer has no chat template, so that it cannot be asked anything.
+    Args:
+        start: where the answers begin, the same for all rows.
     """
 
-    model = "own"  # the artifact's fingerprint says which
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, marks: Sequence[str], start: int) -> None:
+        self._tokenizer = tokenizer
+        self._marks = marks
+        self._start = start
+        # a mark has no more tokens than bytes; one more, whose end may be its start
+        self._last = max(len(mark.encode()) for mark in marks) + 1
 
-    def __init__(self, cfg: RunConfig, base: Path | None) -> None:
-        determinism.begin(cfg)
-        self.together = cfg.evolve.concurrency
-        self._tokenizer = tokenizers.load(cfg.model, base)
-        if self._tokenizer.chat_template is None:
-            raise ConfigError(
-                f"evolve asks the run's own model, but the tokenizer of "
-                f"{modeling.base_path(cfg.model, base)} has no chat template; choose a model that "
-                "follows instructions, or set evolve.url and evolve.model to one behind a server."
-            )
-        self._model = load(cfg, base)
-        self._positions: int | None = getattr(self._model.config, "max_position_embeddings", None)
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        """Return done_B: the rows that have said a mark."""
+        said_BT = input_ids[:, max(self._start, input_ids.shape[1] - self._last) :]
+        texts = self._tokenizer.batch_decode(said_BT, skip_special_tokens=True)
+        done = [any(mark in text for mark in self._marks) for text in texts]
+        return torch.tensor(done, device=input_ids.device)
+
+
+class InMemory:
+    """A model in memory as an endpoint, batch by batch.
+
+    Args:
+        name: of the model, in the journal.
+        model: returns it, ready for generation; asked for when there is something to be answered.
+        positions: that it knows; None: as many as one likes.
+        together: rows of a batch.
+        precision: within which it computes; None: its own.
+        endings: of an answer, beside the tokenizer's eos and those that the model itself lists.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: Callable[[], PreTrainedModel],
+        tokenizer: PreTrainedTokenizerBase,
+        positions: int | None,
+        together: int,
+        precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        endings: Endings = UNMARKED,
+    ) -> None:
+        self.model = name
+        self.together = together
+        self._of = model
+        self._tokenizer = tokenizer
+        self._positions = positions
+        self._precision = precision
+        self._endings = endings
 
     def complete(self, calls: Sequence[Call]) -> Iterator[tuple[Call, Said]]:
         """Yield each call with what the model says, batch by batch."""
@@ -91,9 +131,8 @@ class LocalModel:
                     yield call, Said("", refused=f"{tokens} tokens and the answer exceed its positions")
 
     def _prompt(self, call: Call) -> list[int]:
-        turn = [{"role": "user", "content": call.prompt}]
-        text = self._tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        """Return the tokens of a prompt that is rendered already."""
+        ids: list[int] = self._tokenizer(call.prompt, add_special_tokens=False)["input_ids"]
         return ids
 
     def _fits(self, ids: list[int], call: Call) -> bool:
@@ -103,6 +142,7 @@ class LocalModel:
         """Yield what the model says to each prompt; rows are padded on the left to one length."""
         if not calls:
             return
+        model = self._of()
         longest = max(map(len, prompts))
         pad = self._tokenizer.pad_token_id
         ids_BT = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in prompts])
@@ -112,30 +152,65 @@ class LocalModel:
             do_sample=False,  # OwnDraws draws
             use_cache=True,
             pad_token_id=pad,
-            eos_token_id=self._ends(),
+            eos_token_id=self._ends(model),
         )
-        with torch.inference_mode():
-            whole_BT = self._model.generate(  # type: ignore[operator]
-                input_ids=ids_BT.to(self._model.device),
-                attention_mask=mask_BT.to(self._model.device),
+        marks = self._endings.texts
+        stops = [Marked(self._tokenizer, marks, longest)] if marks else []
+        with torch.inference_mode(), self._precision():
+            whole_BT = model.generate(  # type: ignore[operator]
+                input_ids=ids_BT.to(model.device),
+                attention_mask=mask_BT.to(model.device),
                 generation_config=settings,
                 logits_processor=LogitsProcessorList([OwnDraws(calls)]),
+                stopping_criteria=StoppingCriteriaList(stops),
             )
         for call, row_T in zip(calls, whole_BT[:, longest:].tolist(), strict=True):
-            yield self._said(call, row_T)
+            yield self._said(call, row_T, set(self._ends(model)))
 
-    def _ends(self) -> list[int]:
+    def _ends(self, model: PreTrainedModel) -> list[int]:
         """Return the tokens that end an answer: the model's own list may hold more than eos."""
-        own = self._model.generation_config.eos_token_id
+        own = model.generation_config.eos_token_id
         listed = own if isinstance(own, list) else [own]
-        return sorted({*(token for token in listed if token is not None), self._tokenizer.eos_token_id})
+        known = {token for token in listed if token is not None}
+        return sorted(known | self._endings.tokens | {self._tokenizer.eos_token_id})
 
-    def _said(self, call: Call, ids: list[int]) -> Said:
-        ends = set(self._ends())
+    def _said(self, call: Call, ids: list[int], ends: Collection[int]) -> Said:
         end = next((at for at, token in enumerate(ids) if token in ends), None)
         kept = ids[: min(call.max_tokens, len(ids) if end is None else end)]
-        text = str(self._tokenizer.decode(kept, skip_special_tokens=True)).strip()
-        return Said(text, cut=end is None or end >= call.max_tokens)
+        text = str(self._tokenizer.decode(kept, skip_special_tokens=True))
+        starts = [text.find(mark) for mark in self._endings.texts if mark in text]
+        ended = bool(starts) or (end is not None and end < call.max_tokens)
+        return Said(text[: min(starts, default=None)].strip(), cut=not ended)
+
+
+class LocalModel(InMemory):
+    """The base model of the run, unquantised, in the run's precision.
+
+    Raises:
+        ModelError: if it cannot be loaded.
+        ConfigError: if its tokenizer has no chat template, so that it cannot be asked anything.
+    """
+
+    def __init__(self, cfg: RunConfig, base: Path | None) -> None:
+        determinism.begin(cfg)
+        tokenizer = tokenizers.load(cfg.model, base)
+        if tokenizer.chat_template is None:
+            raise ConfigError(
+                f"evolve asks the run's own model, but the tokenizer of "
+                f"{modeling.base_path(cfg.model, base)} has no chat template; choose a model that "
+                "follows instructions, or set evolve.url and evolve.model to one behind a server."
+            )
+        model = load(cfg, base)
+        positions = modeling.positions(model.config.get_text_config())
+        # "own": the artifact's fingerprint says which
+        super().__init__("own", lambda: model, tokenizer, positions, cfg.evolve.concurrency)
+
+    def _prompt(self, call: Call) -> list[int]:
+        """Return the tokens of a prompt as the only turn of a chat."""
+        turn = [{"role": "user", "content": call.prompt}]
+        text = self._tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
 
 
 def load(cfg: RunConfig, base: Path | None) -> PreTrainedModel:

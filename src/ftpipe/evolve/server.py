@@ -36,19 +36,24 @@ class Unsure(Exception):
 class Server:
     """``POST <url>/chat/completions``, the interface of vLLM, llama.cpp, TGI and OpenAI alike.
 
+    Args:
+        group: of the keys that say where it is, such as ``evolve``; sentences name them.
+
     Raises:
         ConfigError: if the environment variable of the key is not set, or holds no key.
     """
 
     together = 1
 
-    def __init__(self, evolve: EvolveConfig) -> None:
+    def __init__(self, evolve: EvolveConfig, group: str = "evolve") -> None:
         assert evolve.url is not None and evolve.model is not None
         self.model = evolve.model
+        self._group = group
         self._url = evolve.url.rstrip("/")
+        self._where = f"{group}.url={self._url}"  # in a sentence
         self._at_once = evolve.concurrency
         self._retries = evolve.retries
-        self._key = key(evolve.api_key_env)
+        self._key = key(evolve.api_key_env, group)
         self._timeout = httpx.Timeout(evolve.timeout, connect=min(evolve.timeout, CONNECT))
         self._lock = threading.Lock()
         self._answered = 0
@@ -121,7 +126,7 @@ class Server:
                 break
             wait = min(2 * wait, LONGEST_WAIT)
         raise ModelError(
-            f"evolve.url={self._url} gave no answer after {attempt + 1} attempts (the last: {why}). "
+            f"{self._where} gave no answer after {attempt + 1} attempts (the last: {why}). "
             "Finished calls are kept: the same command goes on from there."
         )
 
@@ -131,7 +136,7 @@ class Server:
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             if not self._answered:  # it is not there, or the address is wrong: say so at once
                 raise ModelError(
-                    f"evolve.url={self._url}: nothing answers there ({_reason(error)}); "
+                    f"{self._where}: nothing answers there ({_reason(error)}); "
                     "start the server, or correct the address."
                 ) from None
             raise Unsure(_reason(error)) from None
@@ -169,20 +174,20 @@ class Server:
             hopeless = not self._answered and self._refused >= PATIENCE
         if hopeless:
             raise ConfigError(
-                f"evolve.url={self._url} refused each of the first {PATIENCE} prompts: {said.refused}. "
-                "Correct evolve.model, evolve.max_tokens or what else it complains of."
+                f"{self._where} refused each of the first {PATIENCE} prompts: {said.refused}. "
+                f"Correct {self._group}.model, {self._group}.max_tokens or what else it complains of."
             )
 
     def _wrong(self, response: httpx.Response) -> ConfigError:
         status = response.status_code
         if status in (401, 403):  # the server's own words may hold the key
             return ConfigError(
-                f"evolve.url={self._url} refuses the key (HTTP {status}); put a valid one into an "
-                "environment variable and name that in evolve.api_key_env."
+                f"{self._where} refuses the key (HTTP {status}); put a valid one into an "
+                f"environment variable and name that in {self._group}.api_key_env."
             )
         return ConfigError(
-            f"evolve.url={self._url} answered HTTP {status}: {self._complaint(response)}. "
-            f"Correct evolve.url (it usually ends in /v1) or evolve.model={self.model}."
+            f"{self._where} answered HTTP {status}: {self._complaint(response)}. "
+            f"Correct {self._group}.url (it usually ends in /v1) or {self._group}.model={self.model}."
         )
 
     def _complaint(self, response: httpx.Response) -> str:
@@ -197,7 +202,7 @@ class Server:
         return line[:300] or f"HTTP {response.status_code}"
 
 
-def key(variable: str | None) -> str:
+def key(variable: str | None, group: str = "evolve") -> str:
     """Return the key that an environment variable holds; nothing where none is named.
 
     Raises:
@@ -208,12 +213,12 @@ def key(variable: str | None) -> str:
     value = os.environ.get(variable, "").strip()
     if not value:
         raise ConfigError(
-            f"evolve.api_key_env={variable}: this environment variable is not set; "
-            "put the endpoint's key into it, or set evolve.api_key_env=null."
+            f"{group}.api_key_env={variable}: this environment variable is not set; "
+            f"put the endpoint's key into it, or set {group}.api_key_env=null."
         )
     if not (value.isascii() and value.isprintable() and " " not in value):
         raise ConfigError(
-            f"evolve.api_key_env={variable}: what this environment variable holds is no key "
+            f"{group}.api_key_env={variable}: what this environment variable holds is no key "
             "(it has spaces, line ends or characters beyond ASCII)."
         )
     return value
@@ -234,6 +239,12 @@ def _read(response: httpx.Response) -> Said:
             return Said("", refused="content filter")
         case {"choices": [{"message": {"content": str(text)}, **rest}, *_]}:
             return Said(text.strip(), cut=rest.get("finish_reason") == "length")
+        case {"choices": [{"message": {"content": None, "refusal": str(why)}}, *_]} if why:
+            return Said("", refused=why)
+        case {
+            "choices": [{"message": {"content": None}, **rest}, *_]
+        }:  # it got no further than thinking
+            return Said("", cut=rest.get("finish_reason") == "length")
     raise Unsure("the response is no chat completion")
 
 

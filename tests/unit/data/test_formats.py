@@ -529,7 +529,8 @@ def test_every_shipped_sample_is_tried() -> None:
 
     shipped = {file.name for file in Path(ftpipe.samples.__file__).parent.glob("*.json*")}
     in_test_oasst = {"oasst1.jsonl", "oasst_trees.jsonl"}
-    assert shipped == {name for name, _, _ in SAMPLES} | in_test_oasst
+    in_test_questions = {"questions.jsonl"}
+    assert shipped == {name for name, _, _ in SAMPLES} | in_test_oasst | in_test_questions
     assert set(FORMATS) == {format for _, format, _ in SAMPLES}
 
 

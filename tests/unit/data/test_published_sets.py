@@ -24,15 +24,22 @@ TLDR_PAIRS = "trl-internal-testing/tldr-preference-trl-style"
 # name: format, hub id, split or file of what is learned, of what is tested on
 PUBLISHED: dict[str, list[tuple[Format, str, str, str]]] = {
     "alpaca": [(Format.alpaca, "tatsu-lab/alpaca", "train", "")],
+    "alpaca-2k": [(Format.alpaca, "mhenrichsen/alpaca_2k_test", "train", "")],
     "alpaca-cleaned": [(Format.alpaca, "yahma/alpaca-cleaned", "train", "")],
     "alpaca-gpt4": [(Format.alpaca, "vicgalle/alpaca-gpt4", "train", "")],
+    "code-alpaca": [(Format.prompt_completion, "HuggingFaceH4/CodeAlpaca_20K", "train", "test")],
     "dolly": [(Format.dolly, "databricks/databricks-dolly-15k", "train", "")],
+    "dolly-hhrlhf": [(Format.prompt_completion, "mosaicml/dolly_hhrlhf", "train", "test")],
+    "evol-instruct-code-80k": [
+        (Format.evol_instruct, "nickrosh/Evol-Instruct-Code-80k-v1", "train", "")
+    ],
     "evol-instruct-70k": [
         (Format.evol_instruct, "WizardLMTeam/WizardLM_evol_instruct_70k", "train", "")
     ],
     "evol-instruct-v2": [
         (Format.evol_instruct, "WizardLMTeam/WizardLM_evol_instruct_V2_196k", "train", "")
     ],
+    "gpt4-llm-cleaned": [(Format.alpaca, "teknium/GPT4-LLM-Cleaned", "train", "")],
     "gsm8k": [
         (
             Format.prompts,
@@ -66,6 +73,7 @@ PUBLISHED: dict[str, list[tuple[Format, str, str, str]]] = {
         (Format.preference, TLDR_PAIRS, "train", ""),
     ],
     "ultrachat": [(Format.messages, "HuggingFaceH4/ultrachat_200k", "train_sft", "test_sft")],
+    "wizard-vicuna-70k": [(Format.sharegpt, "junelee/wizard_vicuna_70k", "train", "")],
     "ultrafeedback-binarized": [
         (Format.ultrafeedback, "HuggingFaceH4/ultrafeedback_binarized", "train_prefs", "test_prefs")
     ],
@@ -77,7 +85,15 @@ VALIDATED: dict[str, list[tuple[Format, str, str]]] = {
         (Format.preference, TLDR_PAIRS, "validation"),
     ],
 }
-UNPINNED = {"alpaca-gpt4"}
+# No commit is known for certain of these: which source is asked for one.
+UNPINNED = {
+    "alpaca-gpt4": "alpaca_gpt4",
+    "code-alpaca": "code_alpaca",
+    "dolly-hhrlhf": "dolly_hhrlhf",
+    "evol-instruct-code-80k": "evol_instruct_code",
+    "gpt4-llm-cleaned": "gpt4_llm_cleaned",
+    "wizard-vicuna-70k": "wizard_vicuna",
+}
 
 
 def sources(name: str) -> dict[str, SourceConfig]:
@@ -105,7 +121,8 @@ def test_a_set_is_the_published_one(name: str, empty_folder: object) -> None:
 def test_a_set_is_pinned_or_refused(name: str, empty_folder: object) -> None:
     (cfg,) = cli.configurations(["recipe=tiny", f"data={name}"])
     if name in UNPINNED:
-        with pytest.raises(ConfigError, match=r"data\.sources\.alpaca_gpt4\.revision=<commit>"):
+        asked = rf"data\.sources\.{UNPINNED[name]}\.revision=<commit>"
+        with pytest.raises(ConfigError, match=asked):
             data_pins(cfg, Digests())
         return
     for pin in data_pins(cfg, Digests()).values():

@@ -66,13 +66,53 @@ def test_what_was_said_comes_back_whole(tmp_path: Path) -> None:
 
     class Odd(Model):
         def complete(self, calls: Sequence[Call]) -> Iterator[tuple[Call, Said]]:
-            yield from ((call, said) for call in calls)
+            yield from ((call, said if call is CALL else Said("So.")) for call in calls)
 
-    assert journal.ask(Odd(), [CALL], "x") == [said]
+    both = [CALL, replace(CALL, seed=4)]
+    assert journal.ask(Odd(), both, "x") == [said, Said("So.")]
     journal.close()
     again = Journal(tmp_path / "j")
-    assert again.ask(Model(), [CALL], "x") == [said]
+    assert again.ask(Model(), both, "x") == [said, Said("So.")]
     again.close()
+
+
+class Moody(Model):
+    """Refuses the prompts that it is told to."""
+
+    def __init__(self, refuses: str) -> None:
+        super().__init__()
+        self.refuses = refuses
+
+    def complete(self, calls: Sequence[Call]) -> Iterator[tuple[Call, Said]]:
+        self.asked.append([call.prompt for call in calls])
+        for call in calls:
+            no = call.prompt in self.refuses
+            yield call, Said("", refused="too long") if no else Said(f"{call.prompt}!")
+
+
+def test_where_all_was_refused_all_is_asked_again(tmp_path: Path) -> None:
+    path, model = tmp_path / "j", Model()
+    assert ask(path, Moody("abc"), "a", "b", "c") == ["", "", ""]
+    assert ask(path, model, "a", "b", "c") == ["a!", "b!", "c!"]
+    assert model.asked == [["a", "b", "c"]]
+
+
+def test_a_journal_of_refusals_alone_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    journal = Journal(path)
+    journal.ask(Moody("ab"), calls("a", "b"), "x")
+    journal.settle()  # writes all that was said
+    assert len(path.read_bytes().splitlines()) == 2
+    assert ask(path, Model(), "a", "b") == ["a!", "b!"]
+    assert len(path.read_bytes().splitlines()) == 2
+
+
+def test_refusals_before_the_first_answer_are_kept_with_it(tmp_path: Path) -> None:
+    path, model = tmp_path / "j", Model()
+    assert ask(path, Moody("abd"), "a", "b", "c", "d") == ["", "", "c!", ""]
+    assert ask(path, model, "a", "b", "c", "d") == ["", "", "c!", ""]
+    assert model.asked == [[]]
+    assert len(path.read_bytes().splitlines()) == 4
 
 
 @pytest.mark.parametrize("cut", range(1, 60, 7))

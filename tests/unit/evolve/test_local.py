@@ -115,11 +115,11 @@ def test_where_it_ends_and_where_it_is_cut(cfg: RunConfig, base: Path) -> None:
     eos = byte_level().eos_token_id
     ids = [byte_level()(text)["input_ids"] for text in ("ab", "abcdef")]
     one = call("x", max_tokens=4)
-    assert model._said(one, [*ids[0], eos, eos]) == Said("ab", cut=False)
-    assert model._said(one, [*ids[1]]) == Said("abcd", cut=True)
+    assert model._said(one, [*ids[0], eos, eos], {eos}) == Said("ab", cut=False)
+    assert model._said(one, [*ids[1]], {eos}) == Said("abcd", cut=True)
     # of a batch with a longer neighbour: what comes after its own limit was not asked for
-    assert model._said(one, [*ids[1], eos]) == Said("abcd", cut=True)
-    assert model._said(one, [eos]) == Said("", cut=False)
+    assert model._said(one, [*ids[1], eos], {eos}) == Said("abcd", cut=True)
+    assert model._said(one, [eos], {eos}) == Said("", cut=False)
 
 
 def test_a_prompt_that_leaves_no_room_is_refused_alone(cfg: RunConfig, base: Path) -> None:

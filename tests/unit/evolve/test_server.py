@@ -96,6 +96,19 @@ def test_a_slash_at_the_end_of_the_address_is_no_other_address() -> None:
         (Reply("half a sen", finish="length"), Said("half a sen", cut=True)),
         (Reply("", finish="stop"), Said("")),
         (Reply("x", finish="content_filter"), Said("", refused="content filter")),
+        # a model that was still thinking (vLLM's reasoning parsers), and OpenAI's own refusal
+        (
+            Reply(body=b'{"choices": [{"message": {"content": null}, "finish_reason": "length"}]}'),
+            Said("", cut=True),
+        ),
+        (
+            Reply(body=b'{"choices": [{"message": {"content": null}, "finish_reason": "stop"}]}'),
+            Said(""),
+        ),
+        (
+            Reply(body=b'{"choices": [{"message": {"content": null, "refusal": "I cannot."}}]}'),
+            Said("", refused="I cannot."),
+        ),
     ],
 )
 def test_why_it_stopped_is_read(reply: Reply, said: Said) -> None:
@@ -121,7 +134,6 @@ def test_why_it_stopped_is_read(reply: Reply, said: Said) -> None:
         Reply(body=b"{}"),
         Reply(body=b"[]"),
         Reply(body=b'{"choices": []}'),
-        Reply(body=b'{"choices": [{"message": {"content": null}, "finish_reason": "stop"}]}'),
         Reply(hang_up=True),
     ],
 )

@@ -1,0 +1,1 @@
+"""What the `evaluate` stage measures of policies: scores, answers, judgements, and their report."""
