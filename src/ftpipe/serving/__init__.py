@@ -1,0 +1,1 @@
+"""A policy that answers: in the terminal, and behind an OpenAI-compatible endpoint."""
