@@ -31,7 +31,7 @@ $(READY): $(LOCKED) pyproject.toml
 	  { echo "$$problems"; echo 'The lock files do not fit pyproject.toml: run make lock.'; exit 1; } >&2
 	@touch $@
 
-.PHONY: prepare evolve sft merge reward reference dpo ppo run plan inspect submit
+.PHONY: prepare evolve sft merge reward reference dpo ppo evaluate export run plan inspect submit
 prepare: ## turn a recipe's raw data into the dataset it trains on
 evolve: ## make instructions harder and rarer with a model (Evol-Instruct)
 sft: ## fine-tune on the demonstrations (runs prepare first if need be)
@@ -40,11 +40,13 @@ reward: ## learn a reward model from ranked replies
 reference: ## compute the reference's log-probabilities, for dpo to reuse
 ppo: ## raise a reward of the policy's own answers (PPO)
 dpo: ## learn from preferences without a reward model (DPO, KTO and others)
+evaluate: ## measure every policy of a recipe on the same rows and questions, before and after
+export: ## write the policy as a folder that others load; args="export.gguf=[q8_0]" for llama.cpp too
 run: ## run every stage of a recipe
 plan: ## show what a recipe would run and what it would reuse
 inspect: ## show its dataset, what is learned in colour; args="--row 17", args="--html page.html"
 submit: ## submit every stage of a recipe to Slurm; args="launch=slurm-1gpu", "--dry-run" to look first
-prepare evolve sft merge reward reference dpo ppo run plan inspect submit: $(READY)
+prepare evolve sft merge reward reference dpo ppo evaluate export run plan inspect submit: $(READY)
 	@$(BIN)/ftpipe $@ $(RECIPE) $(ARGS)
 
 .PHONY: lock-recipe
@@ -55,6 +57,12 @@ lock-recipe: $(READY)
 .PHONY: verify
 verify: ## make a run again and say where the two part; args=RUN, or recipe=NAME for the trace it ships
 verify: $(READY)
+	@$(BIN)/ftpipe $@ $(RECIPE) $(ARGS)
+
+.PHONY: chat serve
+chat: ## talk with a run's policy in the terminal; args=RUN, "RUN --system 'Answer in French.'"
+serve: ## put a run's policy behind an OpenAI-compatible endpoint of this machine; args=RUN
+chat serve: $(READY)
 	@$(BIN)/ftpipe $@ $(RECIPE) $(ARGS)
 
 .PHONY: status
@@ -68,7 +76,7 @@ doctor: ## say what this machine can run and what is missing
 recipes doctor: $(READY)
 	@$(BIN)/ftpipe $@
 
-.PHONY: test test-slow bench-sft bench-prepare bench-preferences bench-ppo bench-ppo-learning bench-ppo-memory bench-scaling bench-record bench-kills
+.PHONY: test test-slow bench-sft bench-prepare bench-preferences bench-ppo bench-ppo-learning bench-ppo-memory bench-scaling bench-memory bench-record bench-kills
 test: ## run the fast tests; args="-k name" for some of them
 test: $(READY)
 	$(BIN)/pytest -n auto --maxprocesses 4 -m 'not slow' $(ARGS)
@@ -93,6 +101,9 @@ bench-ppo-learning: $(READY)
 bench-scaling: ## measure one process and two of each strategy
 bench-scaling: $(READY)
 	$(BIN)/python benchmarks/scaling.py $(ARGS)
+bench-memory: ## measure what trainings need in memory, beside what plan says
+bench-memory: $(READY)
+	$(BIN)/python benchmarks/memory.py $(ARGS)
 bench-record: ## measure what the record of a run costs
 bench-record: $(READY)
 	$(BIN)/python benchmarks/record.py $(ARGS)

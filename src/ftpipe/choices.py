@@ -160,6 +160,24 @@ class Attention(StrEnum):
     flash_attention_2 = "flash_attention_2"
 
 
+class Gpu(StrEnum):
+    """GPUs that a run may be planned for (fit/gpus.py)."""
+
+    h200 = "h200"
+    h100 = "h100"
+    h100_pcie = "h100-pcie"
+    a100_80g = "a100-80g"
+    a100_40g = "a100-40g"
+    l40s = "l40s"
+    l4 = "l4"
+    a10g = "a10g"
+    rtx_4090 = "rtx-4090"
+    rtx_3090 = "rtx-3090"
+    v100_32g = "v100-32g"
+    v100_16g = "v100-16g"
+    t4 = "t4"
+
+
 class Operation(StrEnum):
     constraints = "constraints"
     deepening = "deepening"
@@ -275,6 +293,24 @@ class ValueStart(StrEnum):
     policy = "policy"
 
 
+class MmluMethod(StrEnum):
+    hendrycks = "hendrycks"
+    qlora = "qlora"
+
+
+class Gguf(StrEnum):
+    """How a GGUF file stores its matrices (llama.cpp's names)."""
+
+    f32 = "f32"
+    f16 = "f16"
+    bf16 = "bf16"
+    q8_0 = "q8_0"
+    q5_1 = "q5_1"
+    q5_0 = "q5_0"
+    q4_1 = "q4_1"
+    q4_0 = "q4_0"
+
+
 class State(StrEnum):
     """What lies at the place of an artifact."""
 
@@ -283,3 +319,16 @@ class State(StrEnum):
     building = "in the making"  # half made, by a process that lives
     begun = "begun"  # half made, by a process that has ended
     missing = "missing"
+
+
+class ServeEngine(StrEnum):
+    transformers = "transformers"
+    vllm = "vllm"
+
+
+class Ended(StrEnum):
+    """Why an answer ended; the first two are OpenAI's words."""
+
+    stop = "stop"
+    length = "length"
+    cancelled = "cancelled"

@@ -10,6 +10,7 @@ from pathlib import Path
 from ftpipe import __version__, artifacts, origins, pipeline, provenance, schema, seeds, stopping
 from ftpipe.config import RunConfig
 from ftpipe.errors import ConfigError, UserError, unknown
+from ftpipe.export import push
 from ftpipe.launch import StageFailed, run_stage
 from ftpipe.lock import record
 from ftpipe.pipeline import STAGES, Step
@@ -26,7 +27,8 @@ usage: ftpipe VERB recipe=NAME [key=value ...] [-m]
 
   run       run every stage of the recipe; what is already made is reused
 {stages}
-  plan      show what would run or be reused, and the resolved values; loads nothing
+  plan      show what would run or be reused, what it needs, and the resolved values; loads nothing
+              launch.gpu=NAME: whether it fits on that GPU, how long it takes, and else what to set
   inspect   show the prepared dataset: ledger, lengths, rows with what is learned in colour
               --row N, --source NAME, --part train|validation|test, --use NAME: of what alone
               --html FILE: as a page, with more rows
@@ -46,6 +48,12 @@ usage: ftpipe VERB recipe=NAME [key=value ...] [-m]
               find CONDITION ...: recipe=NAME, fingerprint=ab12, 'sft/held_out_loss<2.0', seed=1, ...
               remove RUN ..., gc: drop runs, then what none refers to; asks, or takes --yes
               export RUN [--to FILE.tar] [--without-inputs], import FILE.tar: as one file
+  chat      RUN: talk with its policy, in the terminal or line by line through a pipe [--json]
+              --system, --temperature, --top-p, --max-tokens, --seed, --stop TEXT: how it answers
+  serve     RUN: behind an OpenAI-compatible endpoint of this machine, http://127.0.0.1:8000/v1
+              --port N, --host ADDRESS, --name NAME, --api-key-env VARIABLE, --engine vllm
+              of both: RUN is a run, an artifact, a model's folder or recipe=NAME; --stage NAME, of an
+              earlier stage; --template NAME, where a folder does not say it; --device cpu|cuda
   recipes   list the recipes
   doctor    show what this machine has
 
@@ -108,6 +116,8 @@ def _main(words: list[str]) -> int:
         "lock": _lock,
         "job": _job,
         "diff": _diff,
+        "chat": _chat,
+        "serve": _serve,
         "runs": _runs,
         "recipes": _recipes,
         "doctor": _doctor,
@@ -151,15 +161,23 @@ def configurations(words: list[str], elsewhere: bool = False) -> list[RunConfig]
 
 
 def _plan(words: list[str]) -> int:
+    from ftpipe.fit import show
+
     made: set[Path] = set()  # by then: an earlier run of this sweep makes it
-    elsewhere = any(word.startswith(SLURM) for word in words)  # what this machine has is of no account
-    for run in resolved(words, elsewhere):
-        cfg, steps = run.cfg, run.plan(elsewhere=elsewhere)
+    job = any(word.startswith(SLURM) for word in words)
+    for run in resolved(words, job, judged=True):
+        cfg = run.cfg
+        # what this machine has is of no account
+        steps = run.plan(elsewhere=job or cfg.launch.gpu is not None)
         print(f"{cfg.name}: {len(steps)} stages")
         for step in steps:
             state = "reuse" if step.artifact or step.place in made else "run  "
             print(f"  {state} {step.stage.name:9} {step.place}")
             made.add(step.place)
+        names = [step.stage.name for step in steps]
+        dataset = next((step.artifact for step in steps if step.stage.makes == "dataset"), None)
+        fit = show.lines(cfg, names, dataset)
+        print("".join(["\n", *(f"  {line}\n" for line in fit)]) if fit else "", end="")
         text = origins.commented(schema.dump(cfg), run.told)
         print("\n" + "".join(f"  {line}\n" for line in text.splitlines()))
     return 0
@@ -184,12 +202,16 @@ def _run(words: list[str], upto: str | None) -> int:
     stopping.forget()
     runs = resolved(words)
     plans = [run.plan(upto) for run in runs]  # refuse early: all plans before any run
+    for run in runs:
+        push.check(run.cfg)
     family: list[tuple[Path, dict[str, artifacts.Artifact]]] = []
     for at, (run, steps) in enumerate(zip(runs, plans, strict=True), start=1):
         if len(runs) > 1:
             print(f"== run {at} of {len(runs)}: {run.cfg.name}", flush=True)
         made, folder, built = _make(run, steps, ["ftpipe", upto or "run", *words])
         print("\n".join(summary(run.cfg, list(made.values())[-1], folder, built)))
+        if "export" in made and run.cfg.export.push is not None:
+            print(f"pushed:        {push.push(run.cfg, made['export'])}")
         family += [(folder, made)]
         if run.family is not None and len(family) == run.family.seeds:
             print("\n".join(["", *_spread(run.family, family)]))
@@ -212,6 +234,10 @@ def _submit(words: list[str]) -> int:
         submit.Point(run.cfg, run.plan(elsewhere=True), pipeline.run_folder(run.cfg), run.told)
         for run in resolved(rest, elsewhere=True)
     ]
+    if any(point.cfg.export.push is not None for point in points):
+        raise ConfigError(
+            "export.push: jobs push nothing; leave it out here, and push by `ftpipe export`."
+        )
     command = ["ftpipe", "submit", *rest]
     print("\n".join(submit.submit(points, command, dry=len(rest) < len(words))))
     return 0
@@ -229,6 +255,18 @@ def _verify(words: list[str]) -> int:
     from ftpipe.verify import verb
 
     return verb.main(words)
+
+
+def _chat(words: list[str]) -> int:
+    from ftpipe.serving import verb
+
+    return verb.chat(words)
+
+
+def _serve(words: list[str]) -> int:
+    from ftpipe.serving import verb
+
+    return verb.serve(words)
 
 
 def _diff(words: list[str]) -> int:

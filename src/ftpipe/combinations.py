@@ -106,7 +106,7 @@ REFUSED = (
         ("determinism", "launch.threads", "launch.device"),
         lambda cfg, _: _strict(cfg) and cfg.launch.device is Device.cpu and cfg.launch.threads is None,
         "a sum is split over threads, so their number decides how it is rounded; set launch.threads",
-        ("evolve", "sft", "merge", "reward", "reference", "dpo", "ppo"),
+        ("evolve", "sft", "merge", "reward", "reference", "dpo", "ppo", "evaluate", "export"),
     ),
     Refusal(
         ("determinism", "evolve.url"),
@@ -114,6 +114,13 @@ REFUSED = (
         "what a server answers is not in this run's hands; set determinism=seeded, or let the run's own "
         "model answer (evolve.url=null)",
         ("evolve",),
+    ),
+    Refusal(
+        ("determinism", "evaluate.judge.url"),
+        lambda cfg, _: _strict(cfg) and cfg.evaluate.judge.url is not None,
+        "what a server answers is not in this run's hands; set determinism=seeded, or let the reward "
+        "model alone judge (evaluate.judge.url=null)",
+        ("evaluate",),
     ),
     # --- ranks ---
     Refusal(
@@ -251,6 +258,16 @@ REFUSED = (
         ),
         "PEFT writes the rows of new tokens into an embedding that lies in shards; set "
         "launch.strategy=zero2 or ddp, or adapter.method=full",
+    ),
+    Refusal(
+        ("launch.strategy", "adapter.dora"),
+        lambda cfg, _: (
+            _by(Strategy.zero3, Strategy.fsdp)(cfg)
+            and cfg.adapter.method is not Method.full
+            and cfg.adapter.dora
+        ),
+        "DoRA takes the length of whole rows of the base, which lies in shards; set "
+        "launch.strategy=zero2 or ddp, or adapter.dora=false",
     ),
     # --- several models ---
     Refusal(

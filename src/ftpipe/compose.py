@@ -31,7 +31,7 @@ from ftpipe.errors import ConfigError, nearest, unknown
 from ftpipe.origins import Layer, Origins
 
 HERE = Path(__file__).resolve().parent
-GROUPS = ("model", "adapter", "data", "evolve", "launch", "tracking")
+GROUPS = ("model", "adapter", "data", "evolve", "evaluate", "launch", "tracking")
 
 
 class Loader(yaml.SafeLoader):

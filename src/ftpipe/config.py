@@ -22,6 +22,7 @@ from ftpipe.choices import (
     Dtype,
     EvalFormat,
     Format,
+    Gpu,
     Init,
     Method,
     Offload,
@@ -37,8 +38,12 @@ from ftpipe.choices import (
     Use,
     WandbMode,
 )
+from ftpipe.commits import check_commit
 from ftpipe.errors import ConfigError, require, unknown
+from ftpipe.evaluate_config import EvaluateConfig
+from ftpipe.export_config import ExportConfig
 from ftpipe.ppo_config import PpoConfig
+from ftpipe.server_config import check_server
 from ftpipe.slurm_config import SlurmConfig
 from ftpipe.training_config import DpoConfig, RewardConfig, SftConfig
 
@@ -57,6 +62,7 @@ class ModelConfig:
     new_tokens: list[str] = field(default_factory=list)  # special tokens to add, such as <|prompter|>
     attention: Attention = Attention.sdpa  # attention kernel
     trust_remote_code: bool = False  # run Python code that comes with the model
+    license: str | None = None  # its licence as the hub names it (apache-2.0), for what is exported
 
     def check(self) -> None:
         if self.init is Init.pretrained and not self.path:
@@ -83,6 +89,8 @@ class AdapterConfig:
     method: Method = Method.full  # full: all weights; lora: adapter; qlora: adapter on a 4-bit base
     r: int = 16  # rank of the update
     alpha: int = 32  # the update is scaled by alpha / r
+    rslora: bool = False  # scaled by alpha / sqrt(r) instead (arXiv:2312.03732)
+    dora: bool = False  # besides, learns how long each row of a matrix is (DoRA, arXiv:2402.09353)
     dropout: float = 0.0  # on the adapter's input, in [0, 1)
     targets: list[str] = field(default_factory=lambda: ["all-linear"])  # module names, or all-linear
     dtype: Dtype = Dtype.float32  # of the adapter's weights
@@ -101,6 +109,9 @@ class AdapterConfig:
         )
         require(bool(self.targets), "adapter.targets", self.targets, "module names or all-linear")
         require(self.dtype is not Dtype.auto, "adapter.dtype", self.dtype, "a dtype, such as float32")
+        for key in ("rslora", "dora"):
+            idle = self.method is Method.full and getattr(self, key)
+            require(not idle, f"adapter.{key}", getattr(self, key), "false with adapter.method=full")
 
 
 @dataclass
@@ -123,6 +134,7 @@ class SourceConfig:
     top_k: int | None = None  # OASST: threads through replies of the best so many alone; null: all.
     # A group to compare keeps all its ranked replies, as Open-Assistant's own filter has it
     ties: Choice = Choice.keep  # pairs in published order whose scores are equal
+    license: str | None = None  # its licence as the hub names it (cc-by-4.0), for what is exported
 
     def check(self, key: str) -> None:
         for name in ("format", "path"):
@@ -259,27 +271,7 @@ class EvolveConfig:
         require(self.retries >= 0, "evolve.retries", self.retries, "0 or more")
         for key in ("max_tokens", "concurrency"):
             require(getattr(self, key) >= 1, f"evolve.{key}", getattr(self, key), "at least 1")
-        self._check_server()
-
-    def _check_server(self) -> None:
-        """Refuse an address or a key that would carry a secret into a file, without repeating it."""
-        if self.api_key_env is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]{0,63}", self.api_key_env):
-            raise ConfigError(
-                "evolve.api_key_env is not the name of an environment variable (capital letters, digits "
-                "and _, such as OPENAI_API_KEY); put the key into a variable and name that."
-            )
-        if self.url is None:
-            for key in ("model", "api_key_env"):
-                value = getattr(self, key)
-                require(value is None, f"evolve.{key}", value, "null without evolve.url")
-            return
-        plain = re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#@]*)?", self.url)
-        if plain is None:
-            raise ConfigError(
-                "evolve.url is no plain address such as http://localhost:8000/v1 (no user, password or "
-                "query in it: it is written to files; a key goes into evolve.api_key_env)."
-            )
-        require(bool(self.model), "evolve.model", self.model, "the model's name at evolve.url")
+        check_server("evolve", self.url, self.model, self.api_key_env)
 
 
 @dataclass
@@ -325,6 +317,10 @@ class LaunchConfig:
     tf32: bool = False  # faster, rounder float32 products on Ampere GPUs and later
     threads: int | None = None  # CPU threads of one rank; null: the cores, shared out
     workers: int | None = None  # processes that prepare data; null: one a core, up to 16
+    gpu: str | None = None  # `plan` says whether it fits on h100, a100-80g, rtx-4090, ... (choices.py's
+    # Gpu); null: on this machine's
+    gpu_price: float | None = None  # of an hour of one GPU, in your currency; null: no cost is shown
+    utilization: float = 0.35  # share of a GPU's peak speed that `plan` reckons with
     timeout_minutes: float = 30.0  # a rank that waits so long for the others ends the stage
     slurm: SlurmConfig = field(default_factory=SlurmConfig)  # what jobs ask for (slurm_config.py)
 
@@ -346,6 +342,11 @@ class LaunchConfig:
             "at least 1",
         )
         require(self.threads is None or self.threads >= 1, "launch.threads", self.threads, "at least 1")
+        if self.gpu is not None and self.gpu not in list(Gpu):
+            raise ConfigError("launch.gpu: " + unknown("GPU", self.gpu, list(Gpu)))
+        price, share = self.gpu_price, self.utilization
+        require(price is None or price >= 0, "launch.gpu_price", price, "0 or more, or null")
+        require(0 < share <= 1, "launch.utilization", share, "in (0, 1]")
         workers = self.workers
         require(workers is None or workers >= 1, "launch.workers", workers, "at least 1, or null")
         self.sharding.check()
@@ -387,6 +388,8 @@ class RunConfig:
     reward: RewardConfig = field(default_factory=RewardConfig)
     dpo: DpoConfig = field(default_factory=DpoConfig)
     ppo: PpoConfig = field(default_factory=PpoConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
@@ -405,7 +408,7 @@ class RunConfig:
         )
         training = (self.sft, self.reward, self.dpo, self.ppo)
         others = (self.model, self.adapter, self.data, self.evolve, self.launch, self.tracking)
-        for part in (*others, *training):
+        for part in (*others, *training, self.evaluate, self.export):
             part.check()
         require(
             not (self.data.packing and self.sft.group_by_length),
@@ -440,16 +443,3 @@ def check_columns(key: str, format_: Format, columns: dict[str, str]) -> None:
         if name not in COLUMNS[format_]:
             why = unknown("column", name, COLUMNS[format_])
             raise ConfigError(f"{key}: the format {format_} has {why}")
-
-
-def check_commit(key: str, revision: str | None) -> None:
-    """Refuse a hub revision that is not a commit: a branch can move under a recipe."""
-    if revision is not None and not is_commit(revision):
-        raise ConfigError(
-            f"{key}={revision} is not a commit (40 hex digits); a branch or tag can move, "
-            "so give the commit it points to now."
-        )
-
-
-def is_commit(revision: str) -> bool:
-    return len(revision) == 40 and all(digit in "0123456789abcdef" for digit in revision)

@@ -35,15 +35,26 @@ class States:
         return self.weights + self.gradients + self.optimizer
 
 
-def states(strategy: Strategy, trained: float, frozen: float, ranks: int) -> States:
-    """Return the bytes of model states on one rank, trained with Adam.
+def states(
+    strategy: Strategy,
+    trained: float,
+    frozen: float,
+    ranks: int,
+    width: float = WEIGHT,
+    still: float = HALF,
+    kept: float = ADAM,
+) -> States:
+    """Return the bytes of model states on one rank.
 
     Args:
-        trained: weights that are trained, in float32.
-        frozen: other weights, in 16 bits: the base of an adapter.
+        trained: weights that are trained.
+        frozen: other weights: the base of an adapter.
+        width: bytes of a trained weight and of its gradient.
+        still: bytes of a frozen weight.
+        kept: bytes that the optimiser keeps of a trained weight.
     """
-    held = WEIGHT * trained + HALF * frozen
-    gradients, moments, copy = GRADIENT * trained, ADAM * trained, COPY * trained
+    held = width * trained + still * frozen
+    gradients, moments, copy = width * trained, kept * trained, COPY * trained
     match strategy:
         case Strategy.ddp:
             return States(held, gradients, moments)

@@ -69,7 +69,8 @@ def _gpu() -> Finding:
         return False, "none; trainings run on the CPU"
     if not torch.cuda.is_available():
         return False, f"{'; '.join(found)}, but torch cannot use it: run `make setup` again"
-    bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16: set launch.precision=fp16"
+    own = torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = "bf16" if own else "no bf16: set launch.precision=fp16"
     return True, f"{'; '.join(found)}; {bf16}"
 
 

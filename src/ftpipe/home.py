@@ -107,9 +107,17 @@ def _change(cfg: RunConfig, change: Callable[[str], str]) -> None:
     cfg.model.path = changed(cfg.model.path)
     cfg.model.tokenizer = changed(cfg.model.tokenizer)
     cfg.evolve.seeds.path = changed(cfg.evolve.seeds.path)
+    cfg.export.converter = changed(cfg.export.converter)
     cfg.launch.sharding.nvme = changed(cfg.launch.sharding.nvme)
     cfg.launch.slurm.venv = changed(cfg.launch.slurm.venv)
     for source in cfg.data.sources.values():
         source.path = change(source.path)
     for questions in cfg.data.decontaminate.values():
         questions.path = change(questions.path)
+    judge = cfg.evaluate.judge
+    judge.reward_model = changed(judge.reward_model)
+    for texts in (*cfg.evaluate.prompts.values(), *cfg.evaluate.answers.values()):
+        texts.path = change(texts.path)
+    cfg.evaluate.mmlu.path = changed(cfg.evaluate.mmlu.path)
+    for task in cfg.evaluate.harness.tasks.values():
+        task.files = {split: change(file) for split, file in task.files.items()}

@@ -25,12 +25,16 @@ def on_terminal() -> bool:
     return sys.stderr.isatty()
 
 
-def progress(items: Iterable[T], what: str) -> Iterator[T]:
-    """Yield the items, showing a bar on a terminal and, in a log, a line now and then."""
+def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
+    """Yield the items, showing a bar on a terminal and, in a log, a line now and then.
+
+    Args:
+        total: how many they are, where the items do not say so themselves.
+    """
     if on_terminal():
         from rich.progress import track
 
-        yield from track(items, description=what, transient=True)
+        yield from track(items, description=what, total=total, transient=True)
         return
     started = said = time.monotonic()
     for count, item in enumerate(items, start=1):
@@ -51,5 +55,5 @@ def quiet_libraries() -> None:
         FutureWarning,
     ):  # between libraries; not the user's to mend
         warnings.simplefilter("ignore", category)
-    for name in ("bitsandbytes", "datasets", "httpx", "huggingface_hub", "torch.distributed"):
+    for name in ("bitsandbytes", "datasets", "httpx", "huggingface_hub", "lm_eval", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)

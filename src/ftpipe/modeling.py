@@ -14,7 +14,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from ftpipe import home
-from ftpipe.choices import Dtype, Method, Precision
+from ftpipe.architectures import refuse_foreign, refuse_unknown, without_class
+from ftpipe.choices import Attention, Dtype, Method, Precision
 from ftpipe.config import AdapterConfig, ModelConfig, RunConfig
 from ftpipe.errors import ConfigError, ModelError, nearest
 from ftpipe.pins import local_model
@@ -45,15 +46,11 @@ def random_model(model: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: i
     Raises:
         ModelError: if transformers does not know the architecture or a value does not fit it.
     """
-    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, set_seed
+    from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
     architecture = {str(key): value for key, value in model.architecture.items()}
     kind = architecture.pop("model_type")
-    if kind not in CONFIG_MAPPING:
-        raise ModelError(
-            f"model.architecture.model_type={kind} is unknown to transformers."
-            f"{nearest(kind, list(CONFIG_MAPPING))}"
-        )
+    refuse_unknown(kind, f"model.architecture.model_type={kind}")
     special = {
         name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
     }
@@ -101,8 +98,8 @@ def from_gguf(model: ModelConfig) -> PreTrainedModel:
     return plain  # type: ignore[no-any-return]
 
 
-def text_config(where: str, revision: str | None, trust_remote_code: bool) -> Any:
-    """Return the configuration of a model's text part, without its weights.
+def whole_config(where: str, revision: str | None, trust_remote_code: bool) -> Any:
+    """Return a model's configuration, without its weights.
 
     Args:
         where: a folder, or a hub id.
@@ -113,11 +110,43 @@ def text_config(where: str, revision: str | None, trust_remote_code: bool) -> An
     from transformers import AutoConfig
 
     given = {"trust_remote_code": trust_remote_code}
+    if not trust_remote_code:
+        refuse_foreign(where, revision)
     try:
         config = AutoConfig.from_pretrained(where, revision=revision, **given)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"the model {where} cannot be read: {first_line(error)}.") from None
-    return config.get_text_config()
+    return config
+
+
+def text_config(where: str, revision: str | None, trust_remote_code: bool = False) -> Any:
+    """Return the configuration of a model's text part, as ``whole_config`` reads it."""
+    return whole_config(where, revision, trust_remote_code).get_text_config()
+
+
+def stored_dtype(cfg: RunConfig, where: str, revision: str | None) -> torch.dtype:
+    """Return the number format of merged weights: what ``model.dtype`` asks for, else the base's."""
+    if cfg.model.dtype is not Dtype.auto:
+        return TORCH[cfg.model.dtype]
+    stated = whole_config(where, revision, cfg.model.trust_remote_code).dtype
+    return stated if isinstance(stated, torch.dtype) else torch.float32
+
+
+def positions(config: Any) -> int | None:
+    """Return how many tokens a model knows positions of, as its text part's configuration says."""
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):  # the last of MPT
+        known = getattr(config, name, None)
+        if isinstance(known, int):
+            return known
+    return None
+
+
+def kernel(config: Any) -> Attention:
+    """Return the attention kernel that transformers takes by itself: sdpa, where the model has it."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return Attention.sdpa if getattr(known, "_supports_sdpa", True) else Attention.eager
 
 
 def base_path(model: ModelConfig, base: Path | None) -> str:
@@ -179,6 +208,8 @@ def open_weights(where: str, options: dict[str, Any], scored: bool) -> PreTraine
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+    if not options.get("trust_remote_code"):
+        refuse_foreign(where, options.get("revision"))
     unset_hf_deepspeed_config()  # of a model before: this one is loaded whole, and shared out later
     options = {**options, "use_safetensors": True}
     missing: Collection[str] = ()
@@ -195,7 +226,8 @@ def open_weights(where: str, options: dict[str, Any], scored: bool) -> PreTraine
         else:
             model = AutoModelForCausalLM.from_pretrained(where, **options)
     except (OSError, ValueError, KeyError, ImportError, SafetensorError, StrictDataclassError) as error:
-        raise ModelError(f"the model {where} cannot be loaded: {first_line(error)}.") from None
+        why = without_class(error, where, scored)
+        raise ModelError(why or f"the model {where} cannot be loaded: {first_line(error)}.") from None
     finally:
         logging.getLogger("transformers.modeling_utils").removeFilter(_no_key_table)
     if missing:
@@ -316,6 +348,7 @@ def adapter_config(
         ConfigError: if a target names no module of the model, or the new tokens cannot be trained.
     """
     from peft import LoraConfig
+    from transformers.pytorch_utils import Conv1D
 
     if adapter.method is Method.full:
         return None
@@ -344,8 +377,12 @@ def adapter_config(
         r=adapter.r,
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
+        use_rslora=adapter.rslora,
+        use_dora=adapter.dora,
         target_modules="all-linear" if everything else list(adapter.targets),
         bias="none",
+        # GPT-2's layers keep their weights the other way round
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         revision=revision,
         trainable_token_indices=_token_rows(adapter, model, fresh) if fresh else None,
         task_type="SEQ_CLS" if score else "CAUSAL_LM",  # the former trains and saves the score
@@ -413,6 +450,51 @@ def attended(model: torch.nn.Module, ids_NL: torch.Tensor, mask_NL: torch.Tensor
     if "position_ids" in inspect.signature(model.forward).parameters:
         given["position_ids"] = (mask_NL.cumsum(1) - 1).clamp(min=0)
     return given
+
+
+def logits_at(
+    model: torch.nn.Module, ids_NL: torch.Tensor, mask_NL: torch.Tensor, first: int, until: int
+) -> torch.Tensor:
+    """Return a causal model's logits at the places ``first`` to before ``until``, in float32: (N, K, V).
+
+    Args:
+        mask_NL: 1 on what is no padding, on either side.
+    """
+    given = attended(model, ids_NL, mask_NL)
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        every_NLV: torch.Tensor = model(**given).logits
+        return every_NLV[:, first:until].float()
+    # places, not a number: a slice of the hidden states would not be contiguous, and torch would copy
+    # the output head's weights for each row
+    given["logits_to_keep"] = torch.arange(first, until, device=ids_NL.device)
+    logits_NKV: torch.Tensor = model(**given).logits
+    return logits_NKV.float()
+
+
+class _UnlessAutocast:
+    """False where autocast chooses dtypes; also when a layer is computed again in a backward pass."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+
+    def __bool__(self) -> bool:
+        return not torch.is_autocast_enabled(self._device)
+
+
+def cast_once(model: torch.nn.Module, device: str) -> None:
+    """Let autocast alone choose the dtype that adapters compute in.
+
+    PEFT casts an adapter's input to the dtype of its weights, and autocast casts it back: the same
+    numbers, for two passes over each input.
+
+    Args:
+        device: the type of the one it computes on.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = _UnlessAutocast(device)  # type: ignore[assignment]
 
 
 def linear_modules(model: PreTrainedModel) -> list[tuple[str, torch.nn.Module]]:

@@ -15,6 +15,7 @@ from ftpipe.artifacts import digest, fingerprint, write_atomic
 from ftpipe.choices import EvalFormat, Init
 from ftpipe.config import EvalSetConfig, ModelConfig, RunConfig, SourceConfig
 from ftpipe.errors import ConfigError, DataError, ModelError
+from ftpipe.evaluation.prompts import VERSION as JUDGED
 from ftpipe.evolve.prompts import VERSION as PROMPTS
 from ftpipe.samples import PREFIX, sample_path
 
@@ -89,15 +90,50 @@ def data_pins(cfg: RunConfig, digests: Digests) -> dict[str, str]:
         key = f"data.decontaminate.{name}"
         folder = local_data(questions.path)
         if folder is not None and folder.is_dir() and questions.format is EvalFormat.mmlu:
-            files = sorted(folder.rglob("*.csv"))
-            if not files:
-                raise DataError(f"{key}.path={questions.path} holds no .csv file.")
-            value = fingerprint({str(file.relative_to(folder)): digests.of(file) for file in files})
+            value = _tables_pin(f"{key}.path", folder, digests)
         else:
             # .txt, .csv and .jsonl are read differently, whatever they hold
             value = _file_pin(key, questions, digests) + (folder.suffix if folder else "")
         pins[f"decontaminate/{at}/{name}"] = value
     return pins
+
+
+def benchmark_pins(cfg: RunConfig, digests: Digests) -> dict[str, str]:
+    """Return what decides the questions of the benchmarks: digests of files, or ``hub:task@commit``.
+
+    Raises:
+        DataError: if a file is missing or empty.
+    """
+    pins = {}
+    mmlu, harness = cfg.evaluate.mmlu, cfg.evaluate.harness
+    if mmlu.path is not None:
+        pins["mmlu"] = _questions_pin("evaluate.mmlu.path", mmlu.path, digests)
+    for name, task in harness.tasks.items():
+        for split, file in task.files.items():
+            key = f"evaluate.harness.tasks.{name}.files.{split}"
+            pins[f"harness/{name}/{split}"] = _questions_pin(key, file, digests)
+        if not task.files:
+            pins[f"harness/{name}"] = f"hub:{name}@{task.revision}"
+    return pins
+
+
+def _questions_pin(key: str, where: str, digests: Digests) -> str:
+    """Return the digest of a file, or of all tables in a folder; a hub id is neither."""
+    path = Path(where)
+    if not exists(path):
+        raise DataError(f"{key}: no file {where}; it was looked for from {Path.cwd()}.")
+    if path.is_dir():
+        return _tables_pin(key, path, digests)
+    if path.stat().st_size == 0:
+        raise DataError(f"{key}={where} is empty.")
+    return digests.of(path) + path.suffix  # a .zip and rows are read differently
+
+
+def _tables_pin(key: str, folder: Path, digests: Digests) -> str:
+    files = sorted(folder.rglob("*.csv"))
+    if not files:
+        raise DataError(f"{key}={folder} holds no .csv file.")
+    return fingerprint({str(file.relative_to(folder)): digests.of(file) for file in files})
 
 
 def seeds_pins(cfg: RunConfig, digests: Digests) -> dict[str, str]:
@@ -113,6 +149,37 @@ def seeds_pins(cfg: RunConfig, digests: Digests) -> dict[str, str]:
         )
     source = SourceConfig(format=seeds.format, path=seeds.path, revision=seeds.revision, file=seeds.file)
     return {"rows": _rows_pin("evolve.seeds", source, digests), "prompts": str(PROMPTS)}
+
+
+def evaluation_pins(cfg: RunConfig, digests: Digests) -> dict[str, str]:
+    """Return what decides the questions of an evaluation and the answers it compares with.
+
+    A reward model that is named by its folder counts by its files, as a model does. So do the prompts
+    of the judge, by their version.
+
+    Raises:
+        DataError, ConfigError: as for data.
+        ModelError: if a folder holds no reward model.
+    """
+    evaluate = cfg.evaluate
+    pins = {"prompts": str(JUDGED)}
+    for kind in ("prompts", "answers"):
+        for name, texts in getattr(evaluate, kind).items():
+            key = f"evaluate.{kind}.{name}"
+            source = SourceConfig(path=texts.path, revision=texts.revision, file=texts.file)
+            pins[f"{kind}/{name}"] = _rows_pin(key, source, digests)
+    folder = evaluate.judge.reward_model
+    if folder is not None:
+        weights = sorted(Path(folder).rglob("*.safetensors"))
+        if not weights or not (Path(folder) / "reward.json").is_file():
+            raise ModelError(
+                f"evaluate.judge.reward_model={folder} holds no reward model (reward.json and "
+                "*.safetensors); give the folder of an artifact of the stage 'reward'."
+            )
+        decide = (*weights, *sorted(Path(folder).rglob("*config.json")))  # the base, an adapter's alpha
+        files = {file.relative_to(folder).as_posix(): digests.of(file) for file in decide}
+        pins["reward_model"] = fingerprint(files | {"stated": digests.of(Path(folder) / "reward.json")})
+    return pins
 
 
 def _rows_pin(key: str, source: SourceConfig, digests: Digests) -> str:
@@ -252,15 +319,33 @@ def tokenizer_pins(cfg: RunConfig, digests: Digests) -> dict[str, str]:
     return {f"tokenizer/{file.relative_to(path).as_posix()}": digests.of(file) for file in found}
 
 
+def converter_pins(cfg: RunConfig, digests: Digests) -> dict[str, str]:
+    """Return the digest of llama.cpp's script, where it is to write GGUF files.
+
+    Raises:
+        ConfigError: if there is no such file.
+    """
+    if cfg.export.converter is None:
+        return {}
+    script = Path(cfg.export.converter)
+    if not (exists(script) and script.is_file()):
+        raise ConfigError(
+            f"export.converter={script} is no file; give llama.cpp's convert_hf_to_gguf.py, or null."
+        )
+    return {"script": digests.of(script)}
+
+
 def hub_inputs(cfg: RunConfig) -> set[tuple[str, str, str]]:
     """Return kind (model or dataset), id and commit of each input that a commit is given for."""
-    model, seeds = cfg.model, cfg.evolve.seeds
+    model, seeds, evaluate = cfg.model, cfg.evolve.seeds, cfg.evaluate
     given = [
         ("model", model.path, model.revision),
         ("model", model.tokenizer, model.tokenizer_revision),
         ("dataset", seeds.path, seeds.revision),
         *(("dataset", source.path, source.revision) for source in cfg.data.sources.values()),
         *(("dataset", asked.path, asked.revision) for asked in cfg.data.decontaminate.values()),
+        *(("dataset", texts.path, texts.revision) for texts in evaluate.prompts.values()),
+        *(("dataset", texts.path, texts.revision) for texts in evaluate.answers.values()),
     ]
     return {(kind, id_, commit) for kind, id_, commit in given if id_ and commit}
 
@@ -272,4 +357,7 @@ PINS: Mapping[str, Pin] = {
     "model": model_pins,
     "tokenizer": tokenizer_pins,
     "seeds": seeds_pins,
+    "evaluation": evaluation_pins,
+    "benchmarks": benchmark_pins,
+    "converter": converter_pins,
 }

@@ -15,6 +15,7 @@ from ftpipe.choices import SERVES, Init, PreferenceLoss, RewardKind, Start, Use
 from ftpipe.config import RunConfig
 from ftpipe.data.uses import uses
 from ftpipe.errors import ConfigError, UserError, unknown
+from ftpipe.evaluate_config import BASE
 from ftpipe.pins import MEMORY, PINS, Digests
 from ftpipe.schema import plain, recorded
 from ftpipe.training_config import REFERENCE_FREE
@@ -27,6 +28,7 @@ class Stage:
     Attributes:
         needs: kinds of artifact it cannot do without; each is the latest one made before it.
         takes: kinds it uses where something before it makes them.
+        every: kinds of which it uses all that were made before it: ``policy/sft``, ``policy/dpo``.
         reads: config keys or groups that decide its result.
         learns_from: the uses of rows that a configuration makes it need.
         pins: outside input that decides its result, by content (see ``pins.PINS``).
@@ -44,6 +46,7 @@ class Stage:
     makes: str
     needs: tuple[str, ...] = ()
     takes: tuple[str, ...] = ()
+    every: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     learns_from: Callable[[RunConfig], Collection[Use]] = lambda cfg: ()
     pins: tuple[str, ...] = ()
@@ -90,6 +93,20 @@ def _dpo_learns_from(cfg: RunConfig) -> Collection[Use]:
 
 def _ppo_learns_from(cfg: RunConfig) -> Collection[Use]:
     return (Use.prompts, *((Use.demonstrations,) if cfg.ppo.ptx_weight else ()))
+
+
+def _unused_by_evaluate(cfg: RunConfig) -> Collection[str]:
+    """Policies that are not asked for, and a reward model that does not judge."""
+    wanted, judge = cfg.evaluate.policies, cfg.evaluate.judge
+    left_out = [f"policy/{name}" for name in cfg.stages if wanted and name not in wanted]
+    judged = judge.reward and judge.reward_model is None
+    return (*left_out, *(() if judged else ("reward_model",)))
+
+
+def _unused_by_export(cfg: RunConfig) -> Collection[str]:
+    # a policy comes with its tokenizer, and what it was made of is in its fingerprint
+    own = ("model", "tokenizer") if cfg.export.start is Start.policy else ("adapter.dtype",)
+    return (*_unused_by_start(cfg.export.start), *own)
 
 
 # Whether the base is in 4 bits, and how: all that an adapter's settings say of a model as it comes in.
@@ -204,13 +221,45 @@ STAGES = table(
         keeps="checkpoints/*/state.json",
         unused=_unused_by_ppo,
     ),
+    Stage(
+        "evaluate",
+        does="measures every policy of the run on the same rows and questions, before and after",
+        makes="report",
+        takes=("dataset", "base_model", "reward_model"),
+        every=("policy",),
+        reads=(
+            *("determinism", "evaluate", "model", "adapter.dtype", *QUANTIZED, "data.template"),
+            *("launch.precision", "launch.tf32"),
+        ),
+        pins=("evaluation", "benchmarks", "model", "tokenizer"),
+        resumes=True,
+        stops=True,
+        keeps="kept/*",
+        unused=_unused_by_evaluate,
+        version=2,
+    ),
+    Stage(
+        "export",
+        does="writes the policy as a folder that others load, compared with what was trained",
+        makes="bundle",
+        needs=("policy",),
+        takes=("base_model", "dataset", "report"),
+        reads=(
+            *("determinism", "export", "data.template", "adapter.dtype", "launch.precision"),
+            *("model.dtype", "model.attention", "model.trust_remote_code", "model.license", *QUANTIZED),
+            "data.sources",
+        ),
+        pins=("model", "tokenizer", "converter"),
+        unused=_unused_by_export,
+    ),
 )
 
 RECORD = "artifacts.json"  # of a run: the artifact that each of its stages stands for
 
 # Where an input lies is provenance; its content is pinned.
-PLACED = ("model.", "data.sources.", "data.decontaminate.", "evolve.seeds.")
-PINNED_KEYS = ("path", "revision", "tokenizer", "tokenizer_revision")
+PLACED = ("model.", "data.sources.", "data.decontaminate.", "evolve.seeds.", "evaluate.")
+PINNED_KEYS = ("path", "revision", "tokenizer", "tokenizer_revision", "reward_model")
+TASK_FILES = re.compile(r"evaluate\.harness\.tasks\.[^.]+\.files\.")
 # Changes what is shown or kept on the way, not what comes out.
 UNREAD_KEYS = (
     *(f"{stage}.log_every" for stage in ("sft", "reward", "dpo", "ppo")),
@@ -219,6 +268,10 @@ UNREAD_KEYS = (
     *(f"reward.gate.{key}" for key in ("confidence", "min_accuracy", "max_length_correlation")),
     *("evolve.url", "evolve.api_key_env", "evolve.min_kept"),
     *("evolve.concurrency", "evolve.timeout", "evolve.retries"),
+    *("evaluate.judge.url", "evaluate.judge.api_key_env", "evaluate.generation_batch_size"),
+    *(f"evaluate.judge.{key}" for key in ("concurrency", "timeout", "retries")),
+    *("evaluate.harness.batch_size", "evaluate.mmlu.batch_size"),
+    *("export.push", "export.public", "export.converter"),
 )
 
 
@@ -227,7 +280,7 @@ class Step:
     """A stage placed in a run: its inputs, its fingerprint, and the artifact if there is one."""
 
     stage: Stage
-    inputs: Mapping[str, str]  # kind -> name of the step that makes it
+    inputs: Mapping[str, str]  # kind, or kind/step of several -> name of the step that makes it
     fingerprint: str
     place: Path
     artifact: Artifact | None
@@ -265,7 +318,30 @@ def check_stages(names: Sequence[str], cfg: RunConfig) -> None:
                     f"stages: '{name}' needs a {kind}, but nothing before it makes one. "
                     f"Put {' or '.join(makers)} earlier in `stages`{other_way}."
                 )
+        if "policy" in STAGES[name].every:
+            _check_policies(cfg, names[:at])
         made.add(STAGES[name].makes)
+
+
+def _check_policies(cfg: RunConfig, before: Sequence[str]) -> None:
+    """Refuse a policy to evaluate, or to judge, that nothing makes by then.
+
+    Raises:
+        ConfigError: with the names that there are.
+    """
+    evaluate = cfg.evaluate
+    known = [BASE, *(name for name in before if STAGES[name].makes == "policy")]
+    for name in evaluate.policies:
+        if name not in known:
+            raise ConfigError("evaluate.policies: " + unknown("policy", name, known))
+    judged = [name for name in known if name in (evaluate.policies or known)]
+    for name in evaluate.answers:
+        if name in known:
+            raise ConfigError(f"evaluate.answers.{name} has the name of a policy; rename it.")
+    for name in (name for pair in evaluate.judge.pairs for name in pair.split(":")):
+        if name not in (*judged, *evaluate.answers):
+            why = unknown("policy", name, [*judged, *evaluate.answers])
+            raise ConfigError(f"evaluate.judge.pairs: {why}")
 
 
 def check_uses(cfg: RunConfig, names: Sequence[str]) -> None:
@@ -314,12 +390,18 @@ def plan(cfg: RunConfig, upto: str | None = None, elsewhere: bool = False) -> li
     root = Path(cfg.output)
     digests = Digests(_memory(cfg))
     latest: dict[str, Step] = {}
-    steps = []
+    steps: list[Step] = []
     for name in names:
         stage = STAGES[name]
         unused = stage.unused(cfg)
         kinds = [kind for kind in (*stage.needs, *stage.takes) if kind not in unused]
         inputs = {kind: latest[kind] for kind in kinds if kind in latest}
+        inputs |= {
+            place: step
+            for step in steps
+            if step.stage.makes in stage.every
+            and (place := f"{step.stage.makes}/{step.stage.name}") not in unused
+        }
         _check_reference(inputs)
         facts = _facts(cfg, stage, inputs, digests)
         print_ = artifacts.fingerprint(facts)
@@ -411,8 +493,16 @@ def read_keys(cfg: RunConfig, stage: Stage) -> dict[str, Any]:
         for key, value in flat.items()
         if any(key == read or key.startswith(f"{read}.") for read in reads)
         and key not in UNREAD_KEYS
-        and not (key.startswith(PLACED) and key.rsplit(".", 1)[1] in PINNED_KEYS)
+        and not is_pinned(key)
+        # a licence is written into what is exported, and decides no weight
+        and (stage.makes == "bundle" or not key.endswith(".license"))
     }
+
+
+def is_pinned(key: str) -> bool:
+    """Whether a key says where an input lies."""
+    pinned = key.rpartition(".")[2] in PINNED_KEYS or TASK_FILES.match(key) is not None
+    return key.startswith(PLACED) and pinned
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

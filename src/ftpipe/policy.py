@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,10 +47,15 @@ def incoming(cfg: RunConfig, inputs: Mapping[str, Artifact]) -> Incoming:
     """Return what a stage starts from: ``inputs["policy"]`` where it has one, else the base model."""
     if "policy" in inputs:
         return found(inputs["policy"].path)
-    base = inputs.get("base_model")
-    where = modeling.base_path(cfg.model, base.path if base else None)
     new: dict[str, int] = json.loads((inputs["dataset"].path / NEW_TOKENS).read_text(encoding="utf-8"))
-    return Incoming(where, None if base else cfg.model.revision, None, tuple(new.values()))
+    return replace(base(cfg, inputs), new_tokens=tuple(new.values()))
+
+
+def base(cfg: RunConfig, inputs: Mapping[str, Artifact]) -> Incoming:
+    """Return the base model as it is: ``inputs["base_model"]``, or the one that ``model.path`` names."""
+    made = inputs.get("base_model")
+    where = modeling.base_path(cfg.model, made.path if made else None)
+    return Incoming(where, None if made else cfg.model.revision)
 
 
 def found(folder: Path) -> Incoming:
@@ -90,6 +95,16 @@ def load(
     fresh = modeling.add_rows(model, tokenizer, start.new_tokens)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return model, fresh
+
+
+def as_held(cfg: RunConfig, start: Incoming) -> RunConfig:
+    """Return the configuration with a base held as the policy's was: in 4 bits only under an adapter.
+
+    Whole weights that QLoRA was merged into are no base of it: their 4 bits are behind them.
+    """
+    if start.adapter is not None or cfg.adapter.method is not Method.qlora:
+        return cfg
+    return replace(cfg, adapter=replace(cfg.adapter, method=Method.lora))
 
 
 def check_method(cfg: RunConfig, start: Incoming) -> None:

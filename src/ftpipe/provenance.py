@@ -37,6 +37,7 @@ PACKAGES = (
     "wandb",
     "gguf",
     "liger-kernel",
+    "lm-eval",
 )
 # Not model.tokenizer= nor sft.sample_tokens=.
 NAMED = r"((?<![a-z])(?:token|api_?key|key|secret|password|passwd)(?![a-z])[^=\s]*=)"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ftpipe import home, origins, pipeline, seeds
+from ftpipe.choices import Device
 from ftpipe.config import RunConfig
 from ftpipe.errors import ConfigError, unknown
 from ftpipe.launch import resolve_device
@@ -16,6 +17,8 @@ from ftpipe.lock.record import Lock
 from ftpipe.origins import Layer, Origins
 from ftpipe.pipeline import Step
 from ftpipe.smoke import smoke_form
+
+DEVICE = "launch.device="  # a word that names it
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,13 @@ class Resolved:
         return steps
 
 
-def resolved(words: Sequence[str], elsewhere: bool = False) -> list[Resolved]:
+def resolved(words: Sequence[str], elsewhere: bool = False, judged: bool = False) -> list[Resolved]:
     """Return the checked, resolved runs of a command line's words.
 
     Args:
         elsewhere: they run as jobs, not on this machine.
+        judged: they do not run: where ``launch.gpu`` names a GPU, they are taken to be on a machine that
+            has it, unless the words name ``launch.device``.
 
     Raises:
         ConfigError: for anything that does not exist or does not fit.
@@ -84,7 +89,10 @@ def resolved(words: Sequence[str], elsewhere: bool = False) -> list[Resolved]:
         if locked is not None:
             hub.fill(locked, cfg, told)
         before = copy.deepcopy(cfg)
-        resolve_device(cfg, elsewhere)
+        named = judged and cfg.launch.gpu is not None
+        if named and not any(word.startswith(DEVICE) for word in overrides):
+            cfg.launch.device = Device.cuda
+        resolve_device(cfg, elsewhere or named)
         # a job's precision follows from the device that it has to name
         filled = origins.DEVICE if elsewhere else origins.MACHINE
         told = origins.changed(told, before, cfg, filled)

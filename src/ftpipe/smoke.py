@@ -1,7 +1,8 @@
 """The smoke form of a recipe: the same settings on a tiny random model and a few sample rows.
 
 Kept: architecture, adapter, template, mask, optimiser, schedule, packing, precision. Swapped: sizes
-of the model, weights, tokenizer, rows, and the number of steps. Needs no download and runs in seconds.
+of the model, weights, tokenizer, rows, the number of steps, and fp16, which needs a GPU, for bf16. Needs
+no download and runs in seconds.
 """
 
 from __future__ import annotations
@@ -11,15 +12,19 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from ftpipe.choices import Format, Init, Part
+from ftpipe.benchmark_config import HarnessConfig, MmluConfig
+from ftpipe.choices import Format, Init, Part, Precision
 from ftpipe.config import EvolveConfig, RunConfig, SeedsConfig, SourceConfig, TrackingConfig
 from ftpipe.errors import ConfigError
+from ftpipe.evaluate_config import EvaluateConfig, JudgeConfig, TextsConfig
 from ftpipe.pins import BYTES
 from ftpipe.samples import PREFIX
 
 STEPS = 4
 SEEDS = 12  # instructions to evolve
 ROWS_PER_STEP = 8
+QUESTIONS = PREFIX + "questions.jsonl"
+PACKS_PER_STEP = 2  # of packed rows, each of the recipe's whole length
 
 # Sizes by the names that architectures give them. Head counts keep their ratio (grouped queries).
 TINY: dict[str, Any] = {
@@ -90,34 +95,73 @@ def smoke_form(cfg: RunConfig) -> RunConfig:
     small.data.decontaminate = {}
     small.evolve = small_evolution(cfg.evolve)
     small.data.validation = 4
-    trained = (small.sft, small.reward, small.dpo, small.ppo)
-    largest = max((stage.batch_size for stage in trained if stage.group in cfg.stages), default=0)
-    launch = small.launch
-    for job in launch.slurm.stages.values():
-        job.nodes = None  # all stages have as many ranks
-    ranks = launch.nodes * launch.processes
-    if largest > ROWS_PER_STEP:
-        launch.micro_batch_size = min(launch.micro_batch_size, max(1, ROWS_PER_STEP // ranks))
-    at_once = launch.micro_batch_size * ranks
-    for stage in trained:
-        if stage.max_steps is None or stage.max_steps > STEPS:
-            stage.max_steps = STEPS
-        if stage.batch_size > ROWS_PER_STEP:
-            stage.batch_size = at_once * max(1, ROWS_PER_STEP // at_once)
-        stage.log_every = 1
+    _few_small_steps(small)
     for answers in (small.sft, small.dpo):
         answers.samples = min(answers.samples, 1)
         answers.sample_tokens = min(answers.sample_tokens, 8)
     small.ppo.max_new_tokens = min(small.ppo.max_new_tokens, 8)
-    # a smaller rollout still has as many updates as divide what each rank has of it
-    of_rank = small.ppo.batch_size // ranks
-    small.ppo.minibatches = math.gcd(small.ppo.minibatches, of_rank)
-    small.ppo.answers_per_prompt = math.gcd(small.ppo.answers_per_prompt, small.ppo.batch_size)
     small.ppo.samples = min(small.ppo.samples, 1)
     small.ppo.ignore_gate = True  # a few steps of a tiny model pass no gate
     small.reward.ensemble = min(small.reward.ensemble, 2)
+    small.evaluate = small_evaluation(cfg.evaluate)
+    # GGUF has no form for a tokenizer of bytes, and nothing leaves the machine
+    small.export = replace(small.export, gguf=[], converter=None, push=None, public=False)
     small.tracking = TrackingConfig()
     return small
+
+
+def small_evaluation(evaluate: EvaluateConfig) -> EvaluateConfig:
+    """Return an evaluation on a few sample questions, judged by the run's reward model if there is one.
+
+    Published answers are left out, since they belong to other questions, and so are the benchmarks,
+    whose files are not shipped.
+    """
+    pairs = [pair for pair in evaluate.judge.pairs if not set(pair.split(":")) & set(evaluate.answers)]
+    questions = {name: TextsConfig(path=QUESTIONS, rows=2) for name in evaluate.prompts}
+    return replace(
+        evaluate,
+        prompts=questions,
+        answers={},
+        max_new_tokens=min(evaluate.max_new_tokens, 8),
+        judge=JudgeConfig(reward=evaluate.judge.reward, pairs=pairs),
+        harness=HarnessConfig(),
+        mmlu=MmluConfig(),
+    )
+
+
+def _few_small_steps(small: RunConfig) -> None:
+    """Cut steps and batches of all that trains, so that every rank still has its share of each."""
+    launch = small.launch
+    for job in launch.slurm.stages.values():
+        job.nodes = None  # all stages have as many ranks
+    if launch.precision is Precision.fp16:
+        launch.precision = Precision.bf16
+    if launch.threads is None:
+        launch.threads = 1  # products so small are done before a second thread has started
+    ranks = launch.nodes * launch.processes
+    trained = (small.sft, small.reward, small.dpo, small.ppo)
+    used = [stage for stage in trained if stage.group in small.stages]
+    most = {stage.group: ROWS_PER_STEP for stage in trained}
+    if small.data.packing:
+        most[small.sft.group] = PACKS_PER_STEP
+    large = [most[stage.group] for stage in used if stage.batch_size > most[stage.group]]
+    if large:
+        launch.micro_batch_size = min(launch.micro_batch_size, max(1, min(large) // ranks))
+    at_once = launch.micro_batch_size * ranks
+    for stage in trained:
+        if stage.max_steps is None or stage.max_steps > STEPS:
+            stage.max_steps = STEPS
+        if stage.batch_size > most[stage.group]:
+            stage.batch_size = at_once * max(1, most[stage.group] // at_once)
+        stage.log_every = 1
+    # Two forward passes a step show that gradients add up. Each has a length of its own, and for each
+    # length products in 16 bits are compiled anew.
+    share = math.gcd(*(stage.batch_size // ranks for stage in used))
+    if share and share % 2 == 0:
+        launch.micro_batch_size = max(launch.micro_batch_size, share // 2)
+    # a smaller rollout still has as many updates as divide what each rank has of it
+    small.ppo.minibatches = math.gcd(small.ppo.minibatches, small.ppo.batch_size // ranks)
+    small.ppo.answers_per_prompt = math.gcd(small.ppo.answers_per_prompt, small.ppo.batch_size)
 
 
 def small_evolution(evolve: EvolveConfig) -> EvolveConfig:

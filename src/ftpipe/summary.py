@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from ftpipe import printing
 from ftpipe.artifacts import Artifact
 from ftpipe.config import RunConfig
 
@@ -20,6 +23,8 @@ def summary(cfg: RunConfig, last: Artifact, run: Path, built: int) -> list[str]:
     lines = [] if built else ["everything was made already; nothing ran."]
     if last.kind == "reward_model":
         return [*lines, "", *_reward(cfg, last, run)]
+    if last.kind == "report":
+        return [*lines, "", *_evaluation(last, run)]
     about = POLICIES.get(last.stage)
     if about is None:
         return [*lines, "", f"{last.kind}: {last.path}", f"run:     {run}"]
@@ -95,6 +100,19 @@ def _merge(metrics: Mapping[str, float]) -> list[str]:
     return lines
 
 
+def _export(metrics: Mapping[str, float]) -> list[str]:
+    mean, agreed = metrics["kl_mean"], metrics["agreement"]
+    lines = [f"exported:      {mean:.1e} nats per token from the policy, {agreed:.2%} same likeliest"]
+    if "loss_delta" in metrics:
+        lines += [f"held-out loss: moved by {metrics['loss_delta']:+.1e}"]
+    lines += [
+        f"{name.removesuffix('_kl_mean') + '.gguf:':14} {value:.1e} nats per token from the policy"
+        for name, value in metrics.items()
+        if name.endswith("_kl_mean")
+    ]
+    return lines
+
+
 def _reward(cfg: RunConfig, last: Artifact, run: Path) -> list[str]:
     """Return the lines about a reward model; the gate judges by the thresholds of this run."""
     from ftpipe.reward import gate, measures  # scipy
@@ -118,4 +136,36 @@ def _reward(cfg: RunConfig, last: Artifact, run: Path) -> list[str]:
     return [*lines, f"next:          read {last.path}/report.md, or change a value and run again"]
 
 
-POLICIES = {"sft": _sft, "dpo": _dpo, "ppo": _ppo, "merge": _merge}
+def _evaluation(last: Artifact, run: Path) -> list[str]:
+    """Return the lines about an evaluation: the main measures of each policy, and who wins."""
+    stored = json.loads((last.path / "report.json").read_text(encoding="utf-8"))
+    rows = [("measure", "policy", "value", "change")]
+    for name, by_policy in stored["measures"].items():
+        if "/" in name and name.split("/")[0] in ("loss", "perplexity"):
+            continue  # of one source
+        for policy, one in by_policy.items():
+            change = one.get("change")
+            moved = f"{_with_ends(change, '+')} over {one['before']}" if change else ""
+            rows.append((name, policy, _with_ends(one), moved))
+    lines = [f"report:        {last.path}/report.md", f"run:           {run}", ""]
+    lines += printing.table(rows, fit=printing.width())
+    for told in stored["judgements"]:
+        rate = "undecided" if told["score"] is None else _with_ends(told["score"])
+        lines += [
+            f"{told['one']} over {told['other']}: win rate {rate}, by {told['judge']} "
+            f"({told['wins']} won, {told['ties']} tied, {told['losses']} lost, "
+            f"{told['unparsable']} unreadable)"
+        ]
+    return lines
+
+
+def _with_ends(score: Mapping[str, Any], sign: str = "") -> str:
+    """Return a value with its interval, as ``report.json`` has them."""
+    value, low, high = (score[key] for key in ("value", "low", "high"))
+    if value is None:
+        return "not finite"
+    text = f"{value:{sign}.4f}"
+    return text if low is None or high is None else f"{text} [{low:{sign}.4f}, {high:{sign}.4f}]"
+
+
+POLICIES = {"sft": _sft, "dpo": _dpo, "ppo": _ppo, "merge": _merge, "export": _export}

@@ -49,6 +49,7 @@ class Ordered(Trainer):
         self.trace: Trace | None = None
         self._traced: list[tuple[torch.Tensor, list[str]]] = []  # loss and rows of its micro-batches
         super().__init__(**options)
+        modeling.cast_once(self._net, self.args.device.type)
 
     def unlogged(self) -> dict[str, Any]:
         """Return what this rank has summed since the last line of metrics, as JSON takes it.

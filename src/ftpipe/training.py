@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import broadcast_object_list
 
-from ftpipe import checkpoints, launch_settings
+from ftpipe import checkpoints, launch_settings, modeling
 from ftpipe.checkpoints import CHECKPOINTS, tokens_seen
 from ftpipe.choices import Device, Optimizer, Precision, Strategy
 from ftpipe.errors import ConfigError
@@ -103,7 +103,7 @@ def check_positions(model: PreTrainedModel, longest: int) -> None:
     Raises:
         ConfigError: naming the length that fits.
     """
-    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    known = modeling.positions(model.config.get_text_config())
     if known is not None and longest > known:
         raise ConfigError(
             f"the longest row has {longest:,} tokens, but the model knows {known:,} positions; "

@@ -83,7 +83,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(
         process = subprocess.Popen(
             command(*words), cwd=hurt, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        later = "outputs/artifacts/dpo-*.partial/checkpoints/checkpoint-*/trainer_state.json"
+        later = "outputs/artifacts/dpo-*.partial/checkpoints/checkpoint-*/whole.json"
         _wait_for(hurt, later)
         time.sleep(draw.uniform(0, 1 if kill == 0 else 8))
         process.send_signal(signal.SIGKILL)

@@ -34,7 +34,7 @@ WORDS = (
     *("data.packing=true", "data.max_length=200", "data.over_length=drop", "data.max_lost=0.5"),
     *("launch.micro_batch_size=2", "sft.log_every=1", "sft.save_every=2", "sft.keep_checkpoints=20"),
 )
-LATER = "outputs/artifacts/sft-*.partial/checkpoints/checkpoint-10/trainer_state.json"
+LATER = "outputs/artifacts/sft-*.partial/checkpoints/checkpoint-10/whole.json"
 
 
 @pytest.fixture(scope="module")

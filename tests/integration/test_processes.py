@@ -86,7 +86,7 @@ def test_killed_after_a_checkpoint_it_ends_with_the_same_weights(whole: Path, tm
     process = subprocess.Popen(
         command(*words), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    _wait_for(tmp_path, "outputs/artifacts/sft-*.partial/checkpoints/checkpoint-*/trainer_state.json")
+    _wait_for(tmp_path, "outputs/artifacts/sft-*.partial/checkpoints/checkpoint-*/whole.json")
     process.send_signal(signal.SIGKILL)
     process.wait()
     _wait_until_gone(tmp_path)

@@ -21,7 +21,7 @@ WORDS = (
     *("reward.epochs=2", "reward.save_every=2", "reward.keep_checkpoints=20"),
     *("reward.batch_size=8", "reward.eval_every=3"),
 )
-LATER = "outputs/artifacts/reward-*.partial/member-1/checkpoints/checkpoint-4/trainer_state.json"
+LATER = "outputs/artifacts/reward-*.partial/member-1/checkpoints/checkpoint-4/whole.json"
 
 
 def made(folder: Path) -> Path:

@@ -17,26 +17,30 @@ ROOT = Path(ftpipe.__file__).parent
 HEAVY = {
     *("torch", "transformers", "tokenizers", "datasets", "trl", "peft", "accelerate", "deepspeed"),
     *("bitsandbytes", "safetensors", "pyarrow", "numpy", "wandb", "liger_kernel", "gguf", "hydra"),
-    "datasketch",
+    *("datasketch", "lm_eval"),
 }
 # The driver composes, plans and launches; the work below it knows nothing of that.
 DRIVER = {"cli", "compose", "doctor", "launch", "pipeline", "resolve", "seeds", "smoke", "worker"}
 DRIVER |= {f"cluster.{name}" for name in ("job", "script", "status", "submit")}
 DRIVER |= {f"lock.{name}" for name in ("hold", "hub", "record")}
 # What looks at runs, too: it plans, asks the plan what a run refers to, makes its stages again.
-LOOKS = ("diff", "runs", "verify")
+LOOKS = ("diff", "runs", "serving", "verify")
 LIGHT = (
     "cli",
     "diff.command",
     "runs.command",
+    "serving.verb",
     "pipeline",
     "pins",
     "artifacts",
     "launch",
     "config",
+    "benchmark_config",
     "training_config",
     "ppo_config",
     "slurm_config",
+    "evaluate_config",
+    "evaluation.prompts",
     "cluster.job",
     "cluster.ranks",
     "cluster.script",
@@ -53,6 +57,7 @@ LIGHT = (
     "lock.record",
     "lock.hub",
     "lock.hold",
+    "fit.show",
     "inspect.options",
     "worker",
 )
@@ -71,6 +76,7 @@ def module_name(file: Path) -> str:
 
 FILES = {module_name(file): file for file in ROOT.rglob("*.py")}
 DRIVER |= {name for name in FILES if name.split(".")[0] in LOOKS}
+DRIVER |= {"fit.advice", "fit.extent", "fit.show"}  # they ask the plan and what goes together
 
 
 @functools.cache
@@ -146,6 +152,8 @@ def test_the_reader_of_imports_sees_what_is_there() -> None:
         ("hydra", {"compose"}),
         ("omegaconf", {"config", "schema", "compose"}),
         ("wandb", {"tracking"}),
+        ("fastapi", {"serving.endpoint"}),
+        ("uvicorn", {"serving.server"}),
     ],
 )
 def test_a_library_stays_where_it_belongs(library: str, where: set[str]) -> None:

@@ -62,6 +62,8 @@ def test_help_explains_every_verb_and_every_recipe(
         "lock",
         "diff",
         "runs",
+        "chat",
+        "serve",
         "recipes",
         "doctor",
     ):
@@ -154,7 +156,8 @@ def test_plan_shows_each_stage_its_place_and_the_resolved_values(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     said = out_of(capsys, "plan", "recipe=tiny", "seed=3")
-    head, _, text = said.partition("\n\n")
+    head, needs, text = said.split("\n\n", 2)
+    assert "at the peak" in needs
     lines = head.splitlines()
     assert lines[0] == "tiny: 3 stages"
     for line, name in zip(lines[1:], ("model", "prepare", "sft"), strict=True):

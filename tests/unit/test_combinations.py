@@ -113,6 +113,12 @@ CASES: list[Row] = [
         "rows of new tokens",
     ),
     ("sft", {"model__new_tokens": ["<a>"]}, (), ""),
+    (
+        "sft",
+        {"adapter__method": Method.lora, "adapter__dora": True},
+        (Strategy.zero3, Strategy.fsdp),
+        "the length of whole rows",
+    ),
     ("dpo", {}, (Strategy.zero3,), "put 'reference' before 'dpo'"),
     ("dpo", {"stages": ["prepare", "sft", "reference", "dpo"]}, (), ""),
     ("dpo", {"adapter__method": Method.lora}, (), ""),
@@ -146,9 +152,11 @@ def test_what_does_not_go_together_is_refused_and_the_rest_is_not(
 
 
 SERVER: dict[str, object] = {"launch__threads": 1, "evolve__url": "http://[::1]/v1"}
+JUDGE = {key.replace("evolve__", "evaluate__judge__"): value for key, value in SERVER.items()}
 STRICT: list[Row] = [
     ("sft", {"determinism": Determinism.strict}, ALL, "launch.threads=None"),
     ("evolve", {"determinism": Determinism.strict, **SERVER}, ALL, "not in this run's hands"),
+    ("evaluate", {"determinism": Determinism.strict, **JUDGE}, ALL, "not in this run's hands"),
 ]
 
 

@@ -22,7 +22,8 @@ from ftpipe.choices import (
     Use,
     ValueStart,
 )
-from ftpipe.config import RunConfig, is_commit
+from ftpipe.commits import is_commit
+from ftpipe.config import RunConfig
 from ftpipe.errors import ConfigError
 from ftpipe.schema import all_keys
 from ftpipe.slurm_config import StageJobConfig
@@ -160,6 +161,9 @@ BAD: list[tuple[str, Any]] = [
     ("launch.nodes", 0),
     ("launch.timeout_minutes", 0.0),
     ("launch.timeout_minutes", float("inf")),
+    ("launch.gpu_price", -0.5),
+    ("launch.utilization", 0.0),
+    ("launch.utilization", 1.5),
     ("launch.slurm.gpus", -1),
     ("launch.slurm.cpus", 0),
     ("launch.slurm.warning_seconds", -1),

@@ -48,6 +48,21 @@ def test_libraries_are_those_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
+    ("own", "said"), [(True, "V100; bf16"), (False, "V100; no bf16: set launch.precision=fp16")]
+)
+def test_bf16_that_is_emulated_is_none(own: bool, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    def supported(including_emulation: bool = True) -> bool:
+        return own or including_emulation
+
+    monkeypatch.setattr(provenance, "gpus", lambda: ["V100"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert doctor._gpu() == (True, said)
+
+
+@pytest.mark.parametrize(
     ("offline", "token", "finding"),
     [
         ("1", None, (False, "offline (HF_HUB_OFFLINE), no HF_TOKEN")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -104,9 +105,10 @@ def test_every_path_of_a_run_is_recorded_short_and_read_back(cfg: RunConfig) -> 
     cfg.launch.sharding.nvme, cfg.launch.slurm.venv = f"{HOME}/disk", f"{HOME}/venv"
     cfg.data.sources["mine"].path = f"{HOME}/rows.json"
     cfg.data.decontaminate["asked"] = EvalSetConfig(format=EvalFormat.text, path=f"{HOME}/asked.txt")
+    cfg.export.converter = f"{HOME}/llama.cpp/convert_hf_to_gguf.py"
     text = schema.dump(cfg)
     assert HOME not in text
-    assert text.count("~/") == 8
+    assert text.count("~/") == 9
     assert schema.recorded(cfg) == yaml.safe_load(text)
     assert cfg.output == f"{HOME}/out"  # what runs is left alone
     file = Path("run.yaml")
@@ -114,6 +116,35 @@ def test_every_path_of_a_run_is_recorded_short_and_read_back(cfg: RunConfig) -> 
     assert schema.load(file).output == f"{HOME}/out"
     assert schema.load(file).launch.slurm.venv == f"{HOME}/venv"
     assert schema.dump(schema.load(file)) == text
+
+
+# Keys of text that name no place on this machine: by their last word, whatever group they are in.
+NO_PLACES = {
+    *("name", "license", "quantization", "max_shard_size", "url", "model", "api_key_env", "push"),
+    *("revision", "tokenizer_revision", "subset", "split", "file"),  # of a repository, a file in it
+    *("gpu", "gpu_type", "partition", "account", "qos", "reservation", "constraint", "exclude"),
+    *("time", "memory", "sync", "project", "entity"),
+}
+
+
+def test_no_key_that_holds_a_path_is_forgotten() -> None:
+    text = [key for key in schema.all_keys() if schema.field_type(key) in (str, str | None)]
+    places = [key for key in text if key.rsplit(".", 1)[-1] not in NO_PLACES]
+    told: dict[str, Any] = {}
+    for key in places:
+        group = told
+        *groups, last = key.split(".")
+        for part in groups:
+            group = group.setdefault(part, {})
+        group[last] = f"{HOME}/{key}"
+        formats = schema.field_type(".".join([*groups, "format"]))
+        group |= {} if formats is None else {"format": next(iter(formats)).value}  # it has to be set
+    recorded = schema.plain(home.shortened(schema.changed(RunConfig(), told)))
+    for key in places:
+        value: Any = recorded
+        for part in key.split("."):
+            value = value[part]
+        assert value == f"~/{key}", f"home.py forgets {key}; or is it no path?"
 
 
 def test_one_run_has_one_folder_whoevers_home_it_is_in(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from tokenizers import AddedToken
 from torch.nn.functional import cross_entropy
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, set_seed
@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, 
 from ftpipe.choices import Device, Method, Precision
 from ftpipe.config import AdapterConfig, LaunchConfig, ModelConfig, RunConfig
 from ftpipe.errors import ConfigError
-from ftpipe.modeling import adapter_config, add_rows, load_base
+from ftpipe.modeling import adapter_config, add_rows, cast_once, load_base
 from ftpipe.sequences import Layout, collate
 from ftpipe.tokenizer import add_tokens, byte_level
 
@@ -202,3 +202,44 @@ def test_a_token_that_pads_is_learned_where_it_is_no_padding(tmp_path: Path) -> 
     assert places[0, 2].abs().max() > 0  # the end of a turn
     assert places[1, 2:].abs().max() == 0  # padding
     torch.testing.assert_close(places[0, [2, 5]].sum(0) + places[1, 1], grad[end])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_under_autocast_an_adapter_takes_its_input_as_it_comes_and_computes_the_same(
+    checkpointing: bool,
+) -> None:
+    ids = torch.tensor([[5, 6, 7, 8]])
+    base = tiny()
+    torch.nn.Module.to(base, torch.bfloat16)
+    model = get_peft_model(base, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    if checkpointing:
+        model.enable_input_require_grads()
+        base.activation_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    taken: list[torch.dtype] = []
+    for name, module in model.named_modules():
+        if name.endswith("lora_A.default"):
+            assert module.weight.dtype is torch.float32
+            module.register_forward_pre_hook(lambda _, given: taken.append(given[0].dtype))
+
+    def computed() -> tuple[torch.Tensor, list[torch.Tensor]]:
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(input_ids=ids, use_cache=False).logits
+        logits.float().logsumexp(-1).sum().backward()
+        return logits, [w.grad.clone() for w in model.parameters() if w.grad is not None]
+
+    logits, gradients = computed()
+    assert set(taken) == {torch.float32}  # PEFT's own way
+    passes = len(taken)
+    taken.clear()
+    cast_once(model, "cpu")
+    again, same = computed()
+    assert set(taken) == {torch.bfloat16} and len(taken) == passes
+    assert torch.equal(again, logits)
+    assert all(map(torch.equal, gradients, same)) and len(same) == len(gradients) > 0
+    taken.clear()
+    model.eval()
+    with torch.no_grad():  # without autocast there is nothing else that would bring dtypes together
+        model(input_ids=ids)
+    assert set(taken) == {torch.float32}

@@ -11,6 +11,7 @@ import yaml
 
 from ftpipe import compose, origins, schema
 from ftpipe.config import EvalSetConfig, RunConfig, SourceConfig
+from ftpipe.evaluate_config import TextsConfig
 from ftpipe.resolve import resolved
 
 Write = Callable[[str, str], None]
@@ -184,6 +185,7 @@ def of_defaults(cfg: RunConfig) -> dict[str, Any]:
     bare = RunConfig()
     bare.data.sources = {name: SourceConfig() for name in cfg.data.sources}
     bare.data.decontaminate = {name: EvalSetConfig() for name in cfg.data.decontaminate}
+    bare.evaluate.prompts = {name: TextsConfig() for name in cfg.evaluate.prompts}
     return flat(schema.plain(bare))
 
 

@@ -178,6 +178,7 @@ GROUPS: dict[str, set[str]] = {
     "adapter": {"sft"},
     "data": {"prepare", "sft"},
     "evolve": set(),  # no stage of these; its own are in test_evolve_plan.py
+    "export": set(),  # nor of these
     "sft": {"sft"},
     "launch": set(),
     "tracking": set(),
@@ -190,11 +191,13 @@ KEYS: dict[str, set[str]] = {
     "model.dtype": {"sft"},  # how it is trained, not what it is
     "model.attention": {"sft"},
     "model.new_tokens": {"prepare", "sft"},  # the base is left as it is
+    "model.license": set(),  # told of what is exported
     "model.path": set(),  # unused: its weights are random
     "model.revision": set(),
     "model.tokenizer_revision": set(),  # unused: its tokenizer is made by code
     "data.sources.<name>.path": set(),  # where the rows lie; their bytes count
     "data.sources.<name>.revision": set(),  # unused: the rows are in a file
+    "data.sources.<name>.license": set(),
     "data.decontaminate.<name>.path": set(),
     "data.decontaminate.<name>.revision": set(),
     "sft.log_every": set(),  # what is shown on the way

@@ -17,10 +17,9 @@ from omegaconf import OmegaConf
 import ftpipe
 from ftpipe import compose, schema
 from ftpipe.choices import Format, Method, Precision, Role
-from ftpipe.config import EvalSetConfig, RunConfig, SourceConfig
+from ftpipe.config import RunConfig, SourceConfig
 from ftpipe.errors import ConfigError
 from ftpipe.schema import all_keys
-from ftpipe.slurm_config import StageJobConfig
 from ftpipe.training_config import TrainingConfig
 
 SOURCE = Path(ftpipe.__file__).parent
@@ -52,7 +51,7 @@ def filled(kind: type) -> Any:
         entry = typing.get_args(hint)[1] if typing.get_origin(hint) is dict else None
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
             setattr(made, name, filled(hint))
-        elif entry in (SourceConfig, EvalSetConfig, StageJobConfig):
+        elif dataclasses.is_dataclass(entry) and isinstance(entry, type):
             setattr(made, name, {"a b": filled(entry), "no": filled(entry)})
         else:
             setattr(made, name, another(hint, getattr(made, name)))
@@ -267,6 +266,7 @@ def test_every_key_is_read_by_something() -> None:
         *path, leaf = key.split(".")
         group = "cfg" if not path else {"<name>": "source"}.get(path[-1], path[-1])
         group = "job" if key.startswith("launch.slurm.stages.") else group
+        group = "task" if key.startswith("evaluate.harness.tasks.") else group
         by_all = path[-1:] in (["sft"], ["reward"], ["dpo"], ["ppo"]) and leaf in shared
         assert (group, leaf) in read or (by_all and ("training", leaf) in read), f"nobody reads {key}"
 

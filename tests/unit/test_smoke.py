@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ftpipe import cli, compose, schema, smoke
-from ftpipe.choices import Format, Init, WandbMode
+from ftpipe.choices import Format, Init, Precision, WandbMode
 from ftpipe.config import RunConfig, SourceConfig
 from ftpipe.errors import ConfigError
 from ftpipe.pins import local_data
@@ -258,6 +258,59 @@ def test_the_smoke_form_is_short(big: RunConfig) -> None:
     assert (small.sft.max_steps, small.sft.batch_size, small.launch.micro_batch_size) == (2, 2, 1)
 
 
+def test_the_smoke_form_runs_where_there_is_no_gpu(big: RunConfig) -> None:
+    for precision, small in (
+        (Precision.fp16, Precision.bf16),
+        (Precision.bf16, Precision.bf16),
+        (Precision.fp32, Precision.fp32),
+        (Precision.auto, Precision.auto),
+    ):
+        big.launch.precision = precision
+        assert smoke.smoke_form(big).launch.precision is small
+    assert smoke.smoke_form(big).launch.threads == 1
+    big.launch.threads = 3
+    assert smoke.smoke_form(big).launch.threads == 3
+
+
+@pytest.mark.parametrize(
+    ("stages", "batches", "micro", "share"),
+    # a step of 8 rows in two passes; as many rows each as divide the batch of every stage that runs
+    [
+        (["sft"], (16, 64), 1, 4),
+        (["sft"], (128, 64), 16, 8),
+        (["sft"], (4, 64), 1, 2),
+        (["sft"], (2, 64), 2, 2),
+        (["sft"], (3, 64), 1, 1),
+        (["sft"], (5, 64), 1, 1),
+        (["sft", "dpo"], (16, 6), 1, 1),
+        (["sft", "dpo"], (8, 4), 2, 2),
+        (["sft", "dpo"], (8, 3), 1, 1),
+        (["evolve"], (8, 8), 2, 2),
+    ],
+)
+def test_a_step_of_the_smoke_form_has_two_passes_where_it_can(
+    big: RunConfig, stages: list[str], batches: tuple[int, int], micro: int, share: int
+) -> None:
+    big.stages, big.data.packing = stages, False
+    (big.sft.batch_size, big.dpo.batch_size), big.launch.micro_batch_size = batches, micro
+    small = smoke.smoke_form(big)
+    assert small.launch.micro_batch_size == share
+    for stage in stages:
+        if stage != "evolve":
+            assert getattr(small, stage).batch_size % share == 0
+
+
+def test_a_step_of_packed_rows_has_two_sequences(big: RunConfig) -> None:
+    big.sft.batch_size, big.launch.micro_batch_size = 64, 4
+    small = smoke.smoke_form(big)
+    assert (small.sft.batch_size, small.launch.micro_batch_size) == (2, 2)
+    big.launch.micro_batch_size = 1
+    assert smoke.smoke_form(big).launch.micro_batch_size == 1
+    big.data.packing, big.launch.micro_batch_size = False, 4
+    small = smoke.smoke_form(big)
+    assert (small.sft.batch_size, small.launch.micro_batch_size) == (8, 4)
+
+
 @pytest.mark.parametrize(
     ("batch", "micro", "processes"),
     [(128, 16, 1), (128, 4, 4), (128, 1, 16), (12, 3, 2), (9, 3, 3), (6, 3, 2), (1, 1, 1), (96, 3, 4)],
@@ -310,7 +363,7 @@ def test_the_original_is_left_alone_and_all_else_is_kept(big: RunConfig) -> None
             for stage in ("sft", "reward", "dpo")
             for key in ("max_steps", "batch_size", "log_every", "samples", "sample_tokens")
         ),
-        *("launch.micro_batch_size", "reward.ensemble"),
+        *("launch.micro_batch_size", "launch.threads", "reward.ensemble"),
         *(f"ppo.{key}" for key in ("max_steps", "batch_size", "log_every", "samples")),
         *("ppo.max_new_tokens", "ppo.ignore_gate", "ppo.minibatches"),
     }
@@ -322,7 +375,8 @@ def test_the_original_is_left_alone_and_all_else_is_kept(big: RunConfig) -> None
 
     kept, was = schema.plain(small), schema.plain(before)
     for key in all_keys():
-        checked_elsewhere = "<name>" in key or key.startswith("evolve.")  # test_evolve_plan.py
+        # test_evolve_plan.py, evaluation/test_plan.py
+        checked_elsewhere = "<name>" in key or key.startswith(("evolve.", "evaluate."))
         if key not in swapped and not checked_elsewhere:
             assert value(kept, key) == value(was, key), key
 
@@ -333,11 +387,16 @@ def test_an_unknown_architecture_is_refused(big: RunConfig) -> None:
         smoke.smoke_form(big)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "file", sorted(compose.shipped("recipes").glob("*.yaml")), ids=lambda file: file.stem
 )
-def test_every_recipe_has_a_smoke_form(file: Path, empty_folder: Path) -> None:
+def test_every_recipe_has_a_smoke_form(
+    file: Path, empty_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ftpipe.provenance.gpus", list)  # it needs no GPU, whatever the recipe does
     (small,) = cli.configurations([f"recipe={file.stem}", "smoke=true"])
+    monkeypatch.setattr("ftpipe.provenance.gpus", lambda: ["A100"])
     (whole,) = cli.configurations([f"recipe={file.stem}"])
     assert small.adapter == whole.adapter
     assert (small.data.template, small.data.learn) == (whole.data.template, whole.data.learn)

@@ -9,7 +9,7 @@ from typing import Any
 from ftpipe.combinations import TRAIN
 from ftpipe.diff import traces
 from ftpipe.diff.sides import At, Side
-from ftpipe.pipeline import PINNED_KEYS, PLACED
+from ftpipe.pipeline import is_pinned
 from ftpipe.runs import records
 from ftpipe.runs.records import Piece
 
@@ -132,7 +132,7 @@ def _matters(key: str, a: Side, b: Side) -> str:
     """Return whether a key's value decides, what lies there decides, or neither does, or is not told."""
     if _decides(key, a, b):
         return "value"
-    if key.startswith(PLACED) and key.rpartition(".")[2] in PINNED_KEYS:
+    if is_pinned(key):
         return "content"
     told = any(at.facts for side in (a, b) for at in side.stages.values())
     return "no" if told else "not recorded"

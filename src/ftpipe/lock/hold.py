@@ -51,7 +51,7 @@ def check(
             continue
         if locked is None:
             lines.append(f"{owner} is not in {named}.")
-        elif any(told.get(key) == origins.COMMAND for key in _keys_of(owner)):
+        elif any(word == origins.COMMAND and _names(key, owner) for key, word in told.items()):
             lines.append(f"{owner}: {SAID}; {named} does not hold for it.")
         else:
             moved.append(_difference(owner, locked, parts))
@@ -72,8 +72,12 @@ def _other_option(lock: Lock, layers: Sequence[Layer], group: str) -> bool:
     return before != now
 
 
-def _keys_of(owner: str) -> Sequence[str]:
-    return NAMED_BY.get(owner) or [f"{owner}.{name}" for name in ROWS]
+def _names(key: str, owner: str) -> bool:
+    """Whether a key says which input is meant."""
+    if owner in NAMED_BY:
+        return key in NAMED_BY[owner]
+    own = key == owner  # evaluate.mmlu.path, evaluate.judge.reward_model
+    return own or key in [f"{owner}.{name}" for name in ROWS] or key.startswith(f"{owner}.files.")
 
 
 def _moved_files(lock: Lock, layers: Sequence[Layer]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,12 +70,7 @@ def unpinned(cfg: RunConfig) -> Iterator[Unpinned]:
     for name in pipeline.stage_names(cfg):
         stage = STAGES.get(name)
         wanted |= {pin for pin in stage.pins if pin not in stage.unused(cfg)} if stage else set()
-    found: list[Unpinned] = []
-    if "data" in wanted:
-        for folder in ("sources", "decontaminate"):
-            for name, source in getattr(cfg.data, folder).items():
-                owner = f"data.{folder}.{name}"
-                found.append(Unpinned(owner, f"{owner}.revision", source.path, "dataset", source))
+    found = list(_rows(cfg, wanted))
     seeds, model = cfg.evolve.seeds, cfg.model
     if "seeds" in wanted and seeds.path:
         found.append(Unpinned("evolve.seeds", "evolve.seeds.revision", seeds.path, "dataset", seeds))
@@ -90,6 +85,20 @@ def unpinned(cfg: RunConfig) -> Iterator[Unpinned]:
         name = input_.key.rpartition(".")[2]
         if getattr(input_.group, name) is None and _on_hub(input_, model):
             yield input_
+
+
+def _rows(cfg: RunConfig, wanted: Collection[str]) -> Iterator[Unpinned]:
+    """Yield all sets of rows that the pins concern, by the group of their keys."""
+    groups = (
+        ("data", "data.sources", cfg.data.sources),
+        ("data", "data.decontaminate", cfg.data.decontaminate),
+        ("evaluation", "evaluate.prompts", cfg.evaluate.prompts),
+        ("evaluation", "evaluate.answers", cfg.evaluate.answers),
+    )
+    for pin, group, sets in groups:
+        for name, rows in sets.items() if pin in wanted else ():
+            owner = f"{group}.{name}"
+            yield Unpinned(owner, f"{owner}.revision", rows.path, "dataset", rows)
 
 
 def _on_hub(input_: Unpinned, model: Any) -> bool:

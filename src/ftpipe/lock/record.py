@@ -20,7 +20,7 @@ from ftpipe.origins import Layer
 from ftpipe.pipeline import Step
 
 SUFFIX = ".lock"  # not .yaml: it is no recipe
-DECIDE = ("model", "adapter", "data", "evolve")  # groups; the others say where a run runs
+DECIDE = ("model", "adapter", "data", "evolve", "evaluate")  # groups; the others say where a run runs
 
 Inputs = dict[str, dict[str, str]]  # owner, such as data.sources.rows -> part, or "" -> pin
 
@@ -105,23 +105,45 @@ def inputs_of(steps: Sequence[Step]) -> Inputs:
     found: Inputs = {}
     for step in steps:
         for name, value in step.facts["pins"].items():
-            match name.split("/"):
-                case ["data", "decontaminate", _, *rest]:
-                    owner, part = f"data.decontaminate.{'/'.join(rest)}", ""
-                case ["data", _, *rest]:
-                    owner, part = f"data.sources.{'/'.join(rest)}", ""
-                case ["seeds", "rows"]:
-                    owner, part = "evolve.seeds", ""
-                case ["model", "hub" | "gguf"]:
-                    owner, part = "model.path", ""
-                case ["model", file] if file != "random":
-                    owner, part = "model.path", file
-                case ["tokenizer", "tokenizer", *file] if value != pins.BYTES:
-                    owner, part = "model.tokenizer", "/".join(file)
-                case _:
-                    continue
-            found.setdefault(owner, {})[part] = value
+            place = _place(name, value)
+            if place is not None:
+                owner, part = place
+                found.setdefault(owner, {})[part] = value
     return found
+
+
+def _place(name: str, value: str) -> tuple[str, str] | None:
+    """Return the owner and the part of a pin; None of what is not to be pinned."""
+    match name.split("/"):
+        case ["data", "decontaminate", _, *rest]:
+            return f"data.decontaminate.{'/'.join(rest)}", ""
+        case ["data", _, *rest]:
+            return f"data.sources.{'/'.join(rest)}", ""
+        case ["seeds", "rows"]:
+            return "evolve.seeds", ""
+        case ["evaluation" | "benchmarks", *rest]:
+            return _evaluated(rest)
+        case ["model", "hub" | "gguf"]:
+            return "model.path", ""
+        case ["model", file] if file != "random":
+            return "model.path", file
+        case ["tokenizer", "tokenizer", *file] if value != pins.BYTES:
+            return "model.tokenizer", "/".join(file)
+    return None
+
+
+def _evaluated(name: Sequence[str]) -> tuple[str, str] | None:
+    """Return the owner and the part of a pin of the stage evaluate."""
+    match name:
+        case ["prompts" | "answers" as kind, one]:
+            return f"evaluate.{kind}.{one}", ""
+        case ["reward_model"]:
+            return "evaluate.judge.reward_model", ""
+        case ["mmlu"]:
+            return "evaluate.mmlu.path", ""
+        case ["harness", task, *split]:
+            return f"evaluate.harness.tasks.{task}", "/".join(split)
+    return None
 
 
 def python() -> str:

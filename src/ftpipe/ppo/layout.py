@@ -7,14 +7,13 @@ column; positions count what is no padding.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ftpipe.modeling import attended
+from ftpipe.modeling import attended, logits_at
 from ftpipe.ppo.losses import entropies
 
 
@@ -70,11 +69,8 @@ def answer_logits(model: torch.nn.Module, batch: Batch, temperature: float) -> T
     Args:
         model: a causal language model.
     """
-    given = attended(model, batch.ids_BL, batch.attended_BL)
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        given["logits_to_keep"] = batch.longest + 1
-    logits_BKV: Tensor = model(**given).logits
-    logits_BTV = logits_BKV[:, -batch.longest - 1 : -1].float()
+    last = batch.ids_BL.shape[1] - 1
+    logits_BTV = logits_at(model, batch.ids_BL, batch.attended_BL, last - batch.longest, last)
     return logits_BTV if temperature == 1 else logits_BTV / temperature
 
 

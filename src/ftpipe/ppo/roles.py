@@ -212,6 +212,7 @@ def _shared(
     if cfg.adapter.method is not Method.qlora:  # 4 bits lie where they were loaded
         model.to(device)
     model.eval()
+    modeling.cast_once(model, device.type)
     rewards: Rewards | None = None
     if members:
         heads = tuple(member.head.to(device) for member in members)

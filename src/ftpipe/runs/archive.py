@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,6 +160,7 @@ def outside_files(cfg: RunConfig, pieces: Mapping[str, Piece]) -> dict[str, Path
     """Return the local files and folders that a run read, by the key that names them."""
     groups = {name.partition("/")[0] for piece in pieces.values() for name in piece.facts("pins")}
     read: dict[str, str | None] = {}
+    found: dict[str, Path] = {}
     if "data" in groups:
         read |= {f"data.sources.{name}.path": one.path for name, one in cfg.data.sources.items()}
         read |= {
@@ -167,7 +168,10 @@ def outside_files(cfg: RunConfig, pieces: Mapping[str, Piece]) -> dict[str, Path
         }
     if "seeds" in groups:
         read["evolve.seeds.path"] = cfg.evolve.seeds.path
-    found: dict[str, Path] = {}
+    read |= _evaluated(cfg, groups)
+    judge = cfg.evaluate.judge
+    if "evaluation" in groups and judge.reward_model is not None:
+        found["evaluate.judge.reward_model"] = Path(judge.reward_model)
     for key, named in read.items():
         place = None if named is None or named.startswith(PREFIX) else local_data(named)
         if place is not None:
@@ -182,13 +186,28 @@ def outside_files(cfg: RunConfig, pieces: Mapping[str, Piece]) -> dict[str, Path
     return found
 
 
+def _evaluated(cfg: RunConfig, groups: Collection[str]) -> dict[str, str | None]:
+    """Return the paths of what the stage evaluate reads, by the keys that name them."""
+    evaluate = cfg.evaluate
+    read: dict[str, str | None] = {}
+    if "evaluation" in groups:
+        read |= {f"evaluate.prompts.{name}.path": one.path for name, one in evaluate.prompts.items()}
+        read |= {f"evaluate.answers.{name}.path": one.path for name, one in evaluate.answers.items()}
+    if "benchmarks" in groups:
+        read["evaluate.mmlu.path"] = evaluate.mmlu.path
+        for name, task in evaluate.harness.tasks.items():
+            key = f"evaluate.harness.tasks.{name}.files"
+            read |= {f"{key}.{split}": file for split, file in task.files.items()}
+    return read
+
+
 def _input(key: str, place: Path, digests: Digests) -> tuple[str, dict[str, Member]]:
     """Return where an input lies in the archive, and its files; of a folder, what it is read for."""
     if place.is_file():
         digest = digests.of(place)
         inside = f"inputs/{digest}/{place.name}"
         return inside, {inside: Member(place, digest)}
-    if key.startswith("data."):  # a folder of questions
+    if key.startswith(("data.", "evaluate.mmlu.", "evaluate.harness.")):  # a folder of questions
         paths = {*place.rglob("*.csv")}
     else:
         paths = {path for pattern in WEIGHTS for path in place.glob(pattern)}

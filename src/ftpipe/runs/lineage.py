@@ -82,13 +82,27 @@ def key_of(pin: str) -> str:
     if group == "data":
         name = re.sub(r"^(decontaminate/)?\d+/", "", rest)
         return f"data.{'decontaminate' if rest.startswith('decontaminate/') else 'sources'}.{name}"
+    if group in ("evaluation", "benchmarks"):
+        return _evaluated(rest)
     return {"seeds": "evolve.seeds", "tokenizer": "model.tokenizer"}.get(group, group)
+
+
+def _evaluated(rest: str) -> str:
+    """Return the key behind a pin of the stage evaluate."""
+    match rest.split("/"):
+        case ["harness", task, *split]:
+            return f"evaluate.harness.tasks.{task}" + "".join(f".files.{one}" for one in split)
+        case ["prompts" | "answers" as kind, name]:
+            return f"evaluate.{kind}.{name}"
+    return {"reward_model": "evaluate.judge.reward_model", "prompts": "evaluate.judge"}.get(
+        rest, f"evaluate.{rest}"
+    )
 
 
 def _part(pin: str) -> str:
     """Return which of several files of a model or a tokenizer a pin is of, or what of the seeds."""
     group, _, rest = pin.partition("/")
-    if group == "data" or rest in ("tokenizer", "rows", "hub", "gguf"):
+    if group in ("data", "evaluation", "benchmarks") or rest in ("tokenizer", "rows", "hub", "gguf"):
         return ""
     return f" ({rest.removeprefix('tokenizer/')})"
 

@@ -21,6 +21,7 @@ MAIN: Mapping[str, tuple[str, ...]] = {
     "reference": (),
     "dpo": ("held_out_reward_accuracy", "held_out_loss", "loss_last"),
     "ppo": ("held_out_score", "score", "kl"),
+    "evaluate": ("loss", "win_rate"),
 }
 SHOWN = 2  # main metrics of a stage in a list
 NOT_RECORDED = "not recorded"

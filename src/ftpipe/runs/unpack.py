@@ -218,11 +218,15 @@ def put(cfg: RunConfig, key: str, value: str) -> None:
     try:
         for name in groups:
             part = part[name] if isinstance(part, dict) else getattr(part, name)
-        if schema.field_type(key) not in (str, str | None) or not hasattr(part, last):
+        there = last in part if isinstance(part, dict) else hasattr(part, last)
+        if schema.field_type(key) not in (str, str | None) or not there:
             raise KeyError(key)
     except (KeyError, AttributeError):
         raise DataError(f"{INPUTS}: the run has no key '{key}' that names a file.") from None
-    setattr(part, last, value)
+    if isinstance(part, dict):
+        part[last] = value
+    else:
+        setattr(part, last, value)
 
 
 def bring_in(archive: Path, output: Path) -> Path:

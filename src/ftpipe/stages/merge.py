@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from ftpipe import modeling, policy
 from ftpipe.artifacts import Artifact
@@ -55,7 +55,7 @@ def run(cfg: RunConfig, inputs: Mapping[str, Artifact], out: Path) -> dict[str, 
     )
     before = _logps(cast("PreTrainedModel", adapted), probe)
     merged: PreTrainedModel = adapted.merge_and_unload()
-    dtype = _stored(cfg, start)
+    dtype = modeling.stored_dtype(cfg, start.weights, start.revision)
     torch.nn.Module.to(merged, dtype)
     apart = (_logps(merged, probe) - before).abs()
     merged.config.use_cache = True
@@ -88,16 +88,6 @@ def _in_four_bits(cfg: RunConfig, folder: Path, probe: Tensor) -> Tensor:
     """Return the log-probs of the merged policy as whoever trains it by QLoRA loads it."""
     model = modeling.load(cfg, str(folder))
     return _logps(model.eval(), probe.to(model.device)).cpu()
-
-
-def _stored(cfg: RunConfig, start: Incoming) -> torch.dtype:
-    """Return the number format of the merged weights: what is asked for, else that of the base."""
-    if cfg.model.dtype is not Dtype.auto:
-        return modeling.TORCH[cfg.model.dtype]
-    stated = AutoConfig.from_pretrained(
-        start.weights, revision=start.revision, trust_remote_code=cfg.model.trust_remote_code
-    ).dtype
-    return stated if isinstance(stated, torch.dtype) else torch.float32
 
 
 def _logps(model: PreTrainedModel, ids_BL: Tensor) -> Tensor:

@@ -160,7 +160,7 @@ def check_positions(cfg: RunConfig, inputs: Mapping[str, Artifact], longest: int
     """
     start = policy.incoming(cfg, inputs)
     config = modeling.text_config(start.weights, start.revision, cfg.model.trust_remote_code)
-    known = getattr(config, "max_position_embeddings", None)
+    known = modeling.positions(config)
     if known is not None and longest + cfg.ppo.max_new_tokens > known:
         fits = known - longest
         raise ConfigError(

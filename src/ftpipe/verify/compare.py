@@ -117,9 +117,9 @@ class Verification:
             step = planned.get(stage)
             if step is None or (self.stages and stage not in self.stages):
                 continue
-            if stage == "evolve" and self.run.cfg.evolve.url is not None and not self.stages:
+            if _asks(self.run.cfg).get(stage) is not None and not self.stages:
                 self.report.left_out.append(
-                    "evolve: a server's answers, which cost, and are others each time"
+                    f"{stage}: a server's answers, which cost, and are others each time"
                 )
                 continue
             most = self._most(artifact)
@@ -218,6 +218,11 @@ class Verification:
                 self.report.look(Layer.steps, of, what, found)
         if not _trained(artifact.path):
             self.report.left_out.append(f"{stage}: its artifact has no trace, so it is too old for this")
+
+
+def _asks(cfg: RunConfig) -> dict[str, str | None]:
+    """Return the servers that stages ask, by stage."""
+    return {"evolve": cfg.evolve.url, "evaluate": cfg.evaluate.judge.url}
 
 
 def _trained(folder: Path) -> list[Path]:

@@ -377,7 +377,7 @@ def test_two_recipes_with_other_stages_and_sources(
     # an entry that one side lacks is a line, with what is not its default (recipes/tiny-dpo.yaml)
     assert [
         "data.sources.alpaca",
-        "{format: alpaca, path: sample:alpaca.json}",
+        "{format: alpaca, path: sample:alpaca.json, license: apache-2.0}",
         "-",
         "prepare",
     ] in cells

@@ -104,14 +104,14 @@ def test_padding_has_no_gradient(kind: str) -> None:
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
-def test_the_output_head_is_not_run_on_prompts() -> None:
-    policy, seen = model(), []
-    policy.get_output_embeddings().register_forward_hook(
-        lambda _, given, __: seen.append(given[0].shape[1])
-    )
-    batch = lay(answers(4, *SIZES), PAD)
+def test_the_output_head_sees_the_places_of_the_answers_alone_and_in_one_piece() -> None:
+    policy, batch = model(), lay(answers(4, *SIZES), PAD)
+    taken: list[Tensor] = []
+    policy.get_output_embeddings().register_forward_hook(lambda _, given, __: taken.append(given[0]))
     answer_logits(policy, batch, 1.0)
-    assert seen == [batch.longest + 1]
+    (hidden_BTH,) = taken
+    assert hidden_BTH.shape[:2] == batch.mask_BT.shape
+    assert hidden_BTH.is_contiguous()  # else torch copies the head's weights for each row
 
 
 def test_a_model_that_cannot_leave_logits_out_gives_the_same() -> None:
