@@ -44,6 +44,12 @@ NAMED = r"((?<![a-z])(?:token|api_?key|key|secret|password|passwd)(?![a-z])[^=\s
 SECRET = re.compile(rf"(?i){NAMED}\S+|hf_[^\W_]{{8,}}")
 # The same in one word of a command, whose value may have spaces.
 SECRET_WORD = re.compile(rf"(?is){NAMED}.*")
+# In a configuration, where folders may be called key=3: keys as Hugging Face, OpenAI, GitHub, AWS and Slack
+# make them, or a value that is said to be secret.
+KEY = re.compile(
+    r"hf_[^\W_]{20,}|\bsk-[\w-]{20,}|\bgh[opusr]_[^\W_]{30,}|\bgithub_pat_\w{30,}|\bAKIA[0-9A-Z]{16}\b"
+    r"|\bxox[abprs]-[\w-]{10,}|(?i:\b\w*(?:token|api_?key|secret|password|passwd)=(?![$`])\S{8,})"
+)
 # In a diff, key=lambda is code, and losing it would make the diff useless: a value with a digit.
 SECRET_IN_CODE = re.compile(
     r"(?i)((?:token|key|secret|password|passwd)\w*[\"']?\s*[=:]\s*[\"']?)(?=[\w+/-]*\d)[\w+/-]{16,}"
@@ -100,6 +106,15 @@ def holds_secret(line: str) -> bool:
         not match[0].partition("=")[2].lstrip("\"'").startswith(("$", "`"))
         for match in SECRET.finditer(line)
     )
+
+
+def holds_key(value: str) -> bool:
+    """Say whether a value of a configuration is, or holds, the key to somebody's account.
+
+    >>> holds_key("password=abcdefgh"), holds_key("rows/key=abcdefgh.jsonl")
+    (True, False)
+    """
+    return KEY.search(value) is not None
 
 
 def git() -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -195,6 +196,38 @@ def test_ranks_get_what_repeatable_numbers_need(cfg: RunConfig, monkeypatch: pyt
 def test_a_stage_on_the_processor_sees_no_gpu(cfg: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     assert environment(cfg, 1)["CUDA_VISIBLE_DEVICES"] == ""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the keys are glibc's")
+def test_a_stage_on_the_processor_keeps_the_memory_that_it_frees(
+    cfg: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in launch.MALLOC:
+        monkeypatch.delenv(name, raising=False)
+    cfg.launch.device = Device.cpu
+    # what a layer needs, taken and given back a hundred times; faults are the pages that are cleared
+    told = (
+        "import resource\n"
+        "for _ in range(100):\n"
+        "    layer = [bytearray(20 << 20) for _ in range(4)]\n"
+        "    del layer\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt * resource.getpagesize() >> 20)"
+    )
+    mib = [
+        int(subprocess.run([sys.executable, "-c", told], env=env, stdout=subprocess.PIPE, text=True).stdout)
+        for env in (environment(cfg, 1), dict(os.environ))
+    ]
+    assert mib[0] < 200  # 80 of one round, and Python's own
+    assert mib[1] > 2000  # else glibc does so by itself by now, and launch.MALLOC can go
+
+
+def test_the_users_own_settings_of_memory_stand(cfg: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg.launch.device = Device.cpu
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
+    assert environment(cfg, 1)["MALLOC_TRIM_THRESHOLD_"] == "131072"
+    cfg.launch.device = Device.cuda
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_")
+    assert "MALLOC_TRIM_THRESHOLD_" not in environment(cfg, 1)
 
 
 # --- what becomes of the process ---

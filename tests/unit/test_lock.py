@@ -114,7 +114,8 @@ def test_a_lock_holds_digests_of_all_that_decides(locked: Path) -> None:
     assert held["files"]["recipes/mine.yaml"] == sha256(RECIPE)
     assert held["files"]["recipes/tiny.yaml"] == sha256(tiny)
     groups = {Path(name).parts[1] for name in held["files"] if name.startswith("conf/")}
-    assert groups == {"model", "adapter", "data", "evolve"}  # launch and tracking change no result
+    # launch and tracking change no result
+    assert groups == {"model", "adapter", "data", "evolve", "evaluate"}
     assert held["packages"]["torch"] == provenance.packages()["torch"].split("+")[0]
     assert {"ftpipe", "transformers", "trl"} <= set(held["packages"])
     assert held["python"] == f"{os.sys.version_info.major}.{os.sys.version_info.minor}"  # type: ignore[attr-defined]

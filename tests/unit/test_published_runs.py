@@ -26,8 +26,9 @@ EARLIER = {
 # Not published runs: they say so.
 OURS = {
     *("tiny", "tiny-dpo", "tiny-ppo", "tiny-reward", "evolve-smollm2", "smollm2-135m-alpaca"),
-    *("smollm2-135m-dpo", "smollm2-135m-ppo", "smollm2-135m-reward", "openllama-7b-qlora"),
-    *("stablelm-2-1.6b-qlora", "starcoder2-3b-qlora", "tiny-evaluate", "tiny-export"),
+    *("smollm2-135m-dpo", "smollm2-135m-ppo", "smollm2-135m-reward", "smollm2-135m-rlhf"),
+    *("openllama-7b-qlora", "stablelm-2-1.6b-qlora", "starcoder2-3b-qlora"),
+    *("tiny-evaluate", "tiny-export"),
 }
 
 # transformers, TrainingArguments, where a script is silent

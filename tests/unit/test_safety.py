@@ -137,12 +137,38 @@ def test_nothing_that_a_run_leaves_names_its_user_or_machine(
 
 @pytest.mark.usefixtures("in_process")
 def test_a_secret_among_the_words_is_not_in_the_command(home_of_ada: Path) -> None:
-    words = ["model", "recipe=tiny", f"tracking.tags=['password={FLAG} more']"]
+    words = ["model", "recipe=tiny", f"tracking.tags=['key={FLAG} more']"]
     assert cli.main(words) == 0
     (manifest,) = Path("outputs/artifacts").glob("model-*/manifest.json")
     command = json.loads(manifest.read_text(encoding="utf-8"))["provenance"]["command"]
     assert command.startswith("ftpipe model recipe=tiny ")
     assert FLAG not in command and "more" not in command
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("tracking.tags", f"['password={FLAG} more']"),
+        ("tracking.tags", f"[a, {SECRETS['HF_TOKEN']}]"),
+        ("name", "sk-proj-0123456789abcdefghij"),
+        ("output", "/tmp/ghp_0123456789abcdefghijABCDEFGHIJ012345"),
+        ("launch.slurm.setup", f"['export WANDB_API_KEY={SECRETS['WANDB_API_KEY']}']"),
+    ],
+)
+def test_a_secret_among_the_values_is_refused_and_not_repeated(
+    key: str, value: str, home_of_ada: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["model", "recipe=tiny", f"{key}={value}"]) == 2
+    said = "".join(capfd.readouterr())
+    assert f"{key} holds what looks like a secret" in said
+    assert not any(part in said for part in value.strip("[]'").split() if len(part) > 9)
+    assert not Path("outputs").exists()
+
+
+@pytest.mark.usefixtures("in_process")
+def test_what_only_sounds_like_a_secret_is_taken(home_of_ada: Path) -> None:
+    for tag in ("tokens=8", "sk-learn", "token=$HF_TOKEN", "key=3", "a-task-of-secrets"):
+        assert cli.main(["plan", "recipe=tiny", f"tracking.tags=['{tag}']"]) == 0
 
 
 # --- the source ---
