@@ -93,7 +93,7 @@ def side_by_side(chosen: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     site = scratch / "site"
     install = ["-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), TRL]
     subprocess.run([sys.executable, *install], check=True)
-    ours(chosen, scratch)  # makes the model and the reward model, too
+    execute(chosen, scratch, "stages=[prepare,reward]")  # makes the model, too
     made = {
         kind: next((scratch / "outputs/artifacts").glob(f"{kind}-*/manifest.json")).parent
         for kind in ("prepare", "reward")
@@ -127,7 +127,7 @@ def side_by_side(chosen: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     return {"measured": measured, "ratios ftpipe / trl (median of pairs)": ratios}
 
 
-def ours(chosen: argparse.Namespace, scratch: Path) -> Measurement:
+def execute(chosen: argparse.Namespace, scratch: Path, stages: str) -> None:
     random = "model.architecture=" + "{" + ", ".join(f"{k}: {v}" for k, v in SHAPE.items()) + "}"
     given = [f"model.path={chosen.model}", "model.init=pretrained", "model.tokenizer=null"]
     words = [
@@ -136,7 +136,7 @@ def ours(chosen: argparse.Namespace, scratch: Path) -> Measurement:
         f"pairs: {{format: preference, path: {chosen.pairs}}}}}",
         *("data.duplicates=keep", "data.max_length=512", "data.over_length=drop", "data.max_lost=1"),
         *(given if chosen.model else [random]),
-        *("stages=[prepare,reward,ppo]", "reward.start=model", "ppo.start=model", "adapter.dropout=0"),
+        *(stages, "reward.start=model", "ppo.start=model", "adapter.dropout=0"),
         *(
             f"reward.max_steps={chosen.reward_steps}",
             f"reward.batch_size={chosen.micro_batch}",
@@ -149,15 +149,15 @@ def ours(chosen: argparse.Namespace, scratch: Path) -> Measurement:
         *(f"launch.micro_batch_size={chosen.micro_batch}", f"launch.threads={chosen.threads}"),
         *("launch.device=auto", f"launch.precision={'bf16' if chosen.bf16 else 'fp32'}"),
     ]
+    command = [sys.executable, "-m", "ftpipe.cli", "run", *words]
+    subprocess.run(command, cwd=scratch, check=True, stdout=subprocess.DEVNULL)
+
+
+def ours(chosen: argparse.Namespace, scratch: Path) -> Measurement:
     for old in (scratch / "outputs/artifacts").glob("ppo-*/manifest.json"):
         old.unlink()  # the same work again, not reused
         old.parent.rename(scratch / f"done-{os.urandom(4).hex()}")
-    subprocess.run(
-        [sys.executable, "-m", "ftpipe.cli", "run", *words],
-        cwd=scratch,
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
+    execute(chosen, scratch, "stages=[prepare,reward,ppo]")
     (made,) = (scratch / "outputs/artifacts").glob("ppo-*/manifest.json")
     manifest = json.loads(made.read_text())
     lines = map(json.loads, (made.parent / "metrics.jsonl").read_text().splitlines())
