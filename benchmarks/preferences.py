@@ -33,6 +33,7 @@ from ftpipe import provenance
 HERE = Path(__file__).resolve().parent
 BATCH, MICRO_BATCH = 8, 4  # pairs
 THREADS = 1  # of either side
+RATIOS = "ratios ftpipe / trl (median of pairs)"
 SHAPE = {
     "model_type": "llama",
     "hidden_size": 512,
@@ -56,8 +57,9 @@ def main() -> int:
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         found = side_by_side(chosen, Path(scratch))
+    kinds = {side.rpartition(":")[0] for side in found["measured"]}
     record = {
-        "date": datetime.date.today().isoformat(),
+        "dates": dict.fromkeys(sorted(kinds), datetime.date.today().isoformat()),
         "hardware": provenance.hardware(),
         "packages": provenance.packages(),
         "settings": {
@@ -70,9 +72,21 @@ def main() -> int:
         **found,
     }
     name = f"preferences-{'gpu' if provenance.gpus() else 'cpu'}.json"
-    (HERE / "results" / name).write_text(json.dumps(record, indent=1) + "\n")
+    file = HERE / "results" / name
+    if chosen.only and file.is_file():
+        add(record, json.loads(file.read_text()))
+    file.write_text(json.dumps(record, indent=1) + "\n")
     print(f"written: benchmarks/results/{name}")
     return 0
+
+
+def add(record: dict[str, Any], before: dict[str, Any]) -> None:
+    """Keep the kinds of work that were measured before, on the same machine and rows."""
+    alike = {"hardware", "packages"}
+    settings = [{**one["settings"], "runs": None} for one in (record, before)]
+    if all(record[key] == before[key] for key in alike) and settings[0] == settings[1]:
+        for part in ("dates", "measured", RATIOS):
+            record[part] = {**before[part], **record[part]}
 
 
 def side_by_side(chosen: argparse.Namespace, scratch: Path) -> dict[str, Any]:
@@ -118,7 +132,7 @@ def side_by_side(chosen: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     }
     for work, ratio in ratios.items():
         print(f"{work:14} {ratio}")
-    return {"measured": measured, "ratios ftpipe / trl (median of pairs)": ratios}
+    return {"measured": measured, RATIOS: ratios}
 
 
 def write_rows(source: Path, target: Path, count: int, length: int) -> None:
