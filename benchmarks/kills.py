@@ -7,7 +7,7 @@ Each case is made once without interruption. Then its last stage is made again f
 the whole process group is killed by SIGKILL at a random moment, so many times; each new attempt goes on
 from what the last one left. At the end every file of the artifact that a later stage reads is compared
 byte by byte. While it runs, nothing may lie in the artifact's place before it is whole.
-Writes benchmarks/results/kills.json.
+Writes benchmarks/results/kills.json after each case; cases that were not chosen stay in it.
 """
 
 from __future__ import annotations
@@ -53,19 +53,19 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     chosen = parser.parse_args()
     draws = random.Random(chosen.seed)
-    found = {}
+    file = HERE / "results" / "kills.json"
+    found = json.loads(file.read_text())["cases"] if chosen.only and file.is_file() else {}
     with tempfile.TemporaryDirectory() as scratch:
         for at, name in enumerate(chosen.only or CASES):
-            found[name] = case(Path(scratch) / str(at), CASES[name], chosen.kills, draws)
+            on = {"date": datetime.date.today().isoformat(), "seed": chosen.seed}
+            found[name] = on | case(Path(scratch) / str(at), CASES[name], chosen.kills, draws)
             print(f"{name}: {found[name]}", flush=True)
-    record = {
-        "date": datetime.date.today().isoformat(),
-        "hardware": provenance.hardware(),
-        "packages": provenance.packages(),
-        "settings": vars(chosen),
-        "cases": found,
-    }
-    (HERE / "results" / "kills.json").write_text(json.dumps(record, indent=1) + "\n")
+            record = {
+                "hardware": provenance.hardware(),
+                "packages": provenance.packages(),
+                "cases": {name: found[name] for name in CASES if name in found},
+            }
+            file.write_text(json.dumps(record, indent=1) + "\n")
     return 0 if all(one["equal"] for one in found.values()) else 1
 
 
