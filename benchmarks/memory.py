@@ -377,6 +377,8 @@ def main() -> int:
     gpu = bool(provenance.gpus())
     file = HERE / "results" / f"memory-{'gpu' if gpu else 'cpu'}.json"
     if chosen.again:
+        if not file.is_file():
+            parser.error(f"--again needs what was measured before, but there is no {file.name}")
         record = json.loads(file.read_text(encoding="utf-8"))
         for row in record["settings"]:
             row |= predicted(row["setting"], gpu)

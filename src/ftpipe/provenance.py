@@ -47,7 +47,7 @@ SECRET_WORD = re.compile(rf"(?is){NAMED}.*")
 # In a configuration, where folders may be called key=3: keys as Hugging Face, OpenAI, GitHub, AWS and Slack
 # make them, or a value that is said to be secret.
 KEY = re.compile(
-    r"hf_[^\W_]{20,}|\bsk-[\w-]{20,}|\bgh[opusr]_[^\W_]{30,}|\bgithub_pat_\w{30,}|\bAKIA[0-9A-Z]{16}\b"
+    r"hf_[^\W_]{20,}|\bsk-[\w-]{32,}|\bgh[opusr]_[^\W_]{30,}|\bgithub_pat_\w{30,}|\bAKIA[0-9A-Z]{16}\b"
     r"|\bxox[abprs]-[\w-]{10,}|(?i:\b\w*(?:token|api_?key|secret|password|passwd)=(?![$`])\S{8,})"
 )
 # In a diff, key=lambda is code, and losing it would make the diff useless: a value with a digit.
