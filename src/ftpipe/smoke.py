@@ -102,6 +102,7 @@ def smoke_form(cfg: RunConfig) -> RunConfig:
     small.ppo.max_new_tokens = min(small.ppo.max_new_tokens, 8)
     small.ppo.samples = min(small.ppo.samples, 1)
     small.ppo.ignore_gate = True  # a few steps of a tiny model pass no gate
+    small.ppo.health.min_eos_rate = None  # and its answers end by chance alone
     small.reward.ensemble = min(small.reward.ensemble, 2)
     small.evaluate = small_evaluation(cfg.evaluate)
     # GGUF has no form for a tokenizer of bytes, and nothing leaves the machine

@@ -365,7 +365,7 @@ def test_the_original_is_left_alone_and_all_else_is_kept(big: RunConfig) -> None
         ),
         *("launch.micro_batch_size", "launch.threads", "reward.ensemble"),
         *(f"ppo.{key}" for key in ("max_steps", "batch_size", "log_every", "samples")),
-        *("ppo.max_new_tokens", "ppo.ignore_gate", "ppo.minibatches"),
+        *("ppo.max_new_tokens", "ppo.ignore_gate", "ppo.health.min_eos_rate", "ppo.minibatches"),
     }
 
     def value(tree: Any, key: str) -> Any:
