@@ -44,9 +44,9 @@ STOPPED = ".stopped.json"  # where a stage was that stopped because it was asked
 STOP = ".stop"  # what asks a stage to stop, unless a job has another name for it
 WORDS = ".rank-{}.log"  # what a rank other than the first prints; gone when it has ended well
 LAST = 12  # lines of them that are shown
-# glibc gives what is freed at the heap's end back to the kernel, which clears the same pages again for the
-# next layer: up to half of a forward pass on a CPU. Both, since to set one ends its own adjustment of the
-# other, which would come to the same 32 MiB (mallopt(3)).
+# glibc gives what is freed at the heap's end back to the kernel, which clears the same pages again for
+# the next layer: up to half of a forward pass on a CPU. Both, since to set one ends its own adjustment
+# of the other, which would come to the same 32 MiB (mallopt(3)).
 MALLOC = {"MALLOC_TRIM_THRESHOLD_": 2**40, "MALLOC_MMAP_THRESHOLD_": 2**25}  # bytes
 
 

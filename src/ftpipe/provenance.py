@@ -44,8 +44,8 @@ NAMED = r"((?<![a-z])(?:token|api_?key|key|secret|password|passwd)(?![a-z])[^=\s
 SECRET = re.compile(rf"(?i){NAMED}\S+|hf_[^\W_]{{8,}}")
 # The same in one word of a command, whose value may have spaces.
 SECRET_WORD = re.compile(rf"(?is){NAMED}.*")
-# In a configuration, where folders may be called key=3: keys as Hugging Face, OpenAI, GitHub, AWS and Slack
-# make them, or a value that is said to be secret.
+# In a configuration, where folders may be called key=3: keys as Hugging Face, OpenAI, GitHub, AWS and
+# Slack make them, or a value that is said to be secret.
 KEY = re.compile(
     r"hf_[^\W_]{20,}|\bsk-[\w-]{32,}|\bgh[opusr]_[^\W_]{30,}|\bgithub_pat_\w{30,}|\bAKIA[0-9A-Z]{16}\b"
     r"|\bxox[abprs]-[\w-]{10,}|(?i:\b\w*(?:token|api_?key|secret|password|passwd)=(?![$`])\S{8,})"

@@ -213,12 +213,12 @@ def test_a_stage_on_the_processor_keeps_the_memory_that_it_frees(
         "    del layer\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt * resource.getpagesize() >> 20)"
     )
-    mib = [
-        int(subprocess.run([sys.executable, "-c", told], env=env, stdout=subprocess.PIPE, text=True).stdout)
-        for env in (environment(cfg, 1), dict(os.environ))
-    ]
-    assert mib[0] < 200  # 80 of one round, and Python's own
-    assert mib[1] > 2000  # else glibc does so by itself by now, and launch.MALLOC can go
+    command = [sys.executable, "-c", told]
+    kept, plain = (
+        int(subprocess.check_output(command, env=env)) for env in (environment(cfg, 1), dict(os.environ))
+    )
+    assert kept < 200  # 80 of one round, and Python's own
+    assert plain > 2000  # else glibc does so by itself by now, and launch.MALLOC can go
 
 
 def test_the_users_own_settings_of_memory_stand(cfg: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:

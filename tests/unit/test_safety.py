@@ -167,7 +167,7 @@ def test_a_secret_among_the_values_is_refused_and_not_repeated(
 
 @pytest.mark.usefixtures("in_process")
 def test_what_only_sounds_like_a_secret_is_taken(home_of_ada: Path) -> None:
-    for tag in ("tokens=8", "sk-learn-with-many-more-words", "token=$HF_TOKEN", "key=3", "a-task-of-secrets"):
+    for tag in ("tokens=8", "sk-learn-with-many-words", "token=$HF_TOKEN", "key=3", "a-task-of-secrets"):
         assert cli.main(["plan", "recipe=tiny", f"tracking.tags=['{tag}']"]) == 0
 
 
