@@ -25,7 +25,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ftpipe import origins, provenance, schema
+from ftpipe import origins, schema
 from ftpipe.config import RunConfig
 from ftpipe.errors import ConfigError, nearest, unknown
 from ftpipe.origins import Layer, Origins
@@ -245,19 +245,8 @@ def _compose(lines: list[str], known: dict[str, Path]) -> Composed:
     if "name" not in chosen and cfg.name == RunConfig.name:
         cfg.name = recipe
         told["name"] = f"recipe {recipe}"
-    _refuse_keys(cfg)
     groups = frozenset(override.key_or_group for override in overrides if _is_choice(override))
     return Composed(cfg, recipe, known[recipe], layers, groups, origins.whole(told, cfg))
-
-
-def _refuse_keys(cfg: RunConfig) -> None:
-    """Refuse a value that looks like a secret, without repeating it: records hold every value."""
-    for key, value in origins.leaves(schema.plain(cfg)).items():
-        if provenance.holds_key(str(value)):
-            raise ConfigError(
-                f"{key} holds what looks like a secret, and it would be written to the record of the "
-                "run; leave it out, and put it into an environment variable."
-            )
 
 
 def _layers(lines: list[str], known: dict[str, Path], read: dict[str, dict[str, Any]]) -> list[Layer]:

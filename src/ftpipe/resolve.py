@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ftpipe import home, origins, pipeline, seeds
+from ftpipe import home, origins, pipeline, provenance, schema, seeds
 from ftpipe.choices import Device
 from ftpipe.config import RunConfig
 from ftpipe.errors import ConfigError, unknown
@@ -84,7 +84,7 @@ def resolved(words: Sequence[str], elsewhere: bool = False, judged: bool = False
         if cfg.smoke:
             small = smoke_form(cfg)
             told, cfg = origins.changed(told, cfg, small, origins.SMOKE), small
-        cfg.check()
+        _check(cfg)
         home.expand(cfg)
         if locked is not None:
             hub.fill(locked, cfg, told)
@@ -122,13 +122,24 @@ def to_lock(words: Sequence[str]) -> tuple[Path, Lock]:
         raise ConfigError(
             "smoke=true has other inputs than the recipe; leave it out to lock the recipe."
         )
-    cfg.check()
+    _check(cfg)
     home.expand(cfg)
     hub.ask(cfg)
     # no resolve_device: a recipe for GPUs can be locked anywhere, since no pin depends on them
     steps = pipeline.plan(cfg, elsewhere=True)
     shipped = compose.HERE in run.file.parents
     return record.place(run.recipe, run.file, shipped), record.of(run.recipe, run.layers, steps)
+
+
+def _check(cfg: RunConfig) -> None:
+    """Refuse values that cannot work; and secrets, unrepeated: the record of a run holds every value."""
+    cfg.check()
+    for key, value in origins.leaves(schema.plain(cfg)).items():
+        if provenance.holds_key(str(value)):
+            raise ConfigError(
+                f"{key} holds what looks like a secret, and it would be written to the record of the "
+                "run; leave it out, and put it into an environment variable."
+            )
 
 
 def recipe_list() -> str:
