@@ -79,9 +79,15 @@ def test_the_same_command_in_another_folder_gives_the_same_bytes(
     assert files(again) == files(whole[1]) and lines(again) == lines(whole[1])
 
 
-def test_two_ranks_learn_as_one_does(whole: dict[int, Path]) -> None:
-    one, two = whole[1], whole[2]
-    assert len(lines(one)) == len(lines(two)) == 8 + 5
+def test_two_ranks_learn_as_one_does(whole: dict[int, Path], tmp_path: Path) -> None:
+    # Two ranks round otherwise, and a draw that falls on the border of two tokens by less than that
+    # parts the runs: this is rarer in few steps.
+    one = prepared(whole[1], tmp_path / "one", "ppo")
+    two = prepared(whole[1], tmp_path / "two", "ppo")
+    for folder, words in ((one, ()), (two, ("launch.processes=2",))):
+        done = ftpipe(folder, *WORDS, "ppo.max_steps=4", *words)
+        assert done.returncode == 0, done.stderr
+    assert len(lines(one)) == len(lines(two)) == 4 + 3
     for ours, theirs in zip(lines(one), lines(two), strict=True):
         assert theirs == pytest.approx(ours, rel=1e-3, abs=1e-4)
     for name, told in answers(one).items():

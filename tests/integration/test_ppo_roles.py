@@ -46,6 +46,7 @@ MARKS = ("data.template=oasst", "model.new_tokens=['<|prompter|>','<|assistant|>
 FROM_BASE = ("stages=[prepare,reward]", "reward.start=model", "ppo.start=model")
 MERGED = ("stages=[prepare,sft,merge,reward]",)
 BF16 = ("launch.precision=bf16",)
+BF16_NOISE = 3e-2  # a third of it was seen; two roles are 20 to 60 % apart
 LIGHT: list[tuple[str, ...]] = [(), ("adapter=qlora", *MARKS)]
 HEAVY: list[tuple[str, ...]] = [
     FROM_BASE,
@@ -172,6 +173,12 @@ def alone(model: Any, one: Answer) -> Tensor:
     return logits[len(one.prompt) - 1 : -1].float()
 
 
+def same(got: Tensor, right: Tensor, tolerance: float) -> None:
+    """See that two results are alike as a whole: processors round a single bf16 number far apart."""
+    norm = torch.linalg.vector_norm
+    assert norm(got - right) <= tolerance * norm(right)
+
+
 @dataclass(frozen=True)
 class Oracle:
     """The roles as models of their own."""
@@ -195,7 +202,7 @@ class Oracle:
                 for one in rows:
                     ids = torch.tensor([[*one.prompt, *one.tokens]])
                     right.append(self.rewards.members(ids, torch.ones_like(ids)))
-                torch.testing.assert_close(got_MB, torch.cat(right, 1), atol=tolerance, rtol=tolerance)
+                same(got_MB, torch.cat(right, 1), tolerance)
                 return
             with roles.acting(Role(role)) as model:
                 if role == "value":
@@ -206,14 +213,14 @@ class Oracle:
                         with torch.autocast("cpu", enabled=False):
                             values_T = roles.value_head(hidden_TH.float())[:, 0]
                         got_T = got_BT[b, : len(values_T)]
-                        torch.testing.assert_close(got_T, values_T, atol=tolerance, rtol=tolerance)
+                        same(got_T, values_T, tolerance)
                     return
                 got_BTV = answer_logits(model, batch, 1.0)
                 expected: Any = getattr(self, role)
                 for b, one in enumerate(rows):
                     right_TV = alone(expected, one)
                     got_TV = got_BTV[b, : len(right_TV), : right_TV.shape[1]]
-                    torch.testing.assert_close(got_TV, right_TV, atol=tolerance, rtol=tolerance)
+                    same(got_TV, right_TV, tolerance)
 
 
 def moved(roles: Roles) -> None:
@@ -263,7 +270,7 @@ def test_after_any_switches_each_role_says_what_it_says_alone(
     roles = found.roles()
     moved(roles)
     alone = oracle(found, roles, tmp_path)
-    tolerance = 2e-2 if "launch.precision=bf16" in words else 1e-4
+    tolerance = BF16_NOISE if "launch.precision=bf16" in words else 1e-5
     draw, names = random.Random(3), ["policy", "reference", "value", "reward"]
     for role in [*draw.sample(names, 4), *draw.choices(names, k=6)]:
         alone.compare(roles, role, tolerance)
@@ -287,11 +294,11 @@ def test_it_starts_as_the_policy_that_came_in_and_the_value_as_its_reward(
         assert torch.equal(said[Role.policy], said[Role.reference])
         came = found.inputs["policy"].path if roles.shared is None else None
         expected = plain(found, found.policy, whole=came)
-        tolerance = 2e-2 if "launch.precision=bf16" in words else 1e-4
+        tolerance = BF16_NOISE if "launch.precision=bf16" in words else 1e-5
         for b, one in enumerate(rows):
             right_TV = alone(expected, one)
             got_TV = said[Role.policy][b, : len(right_TV), : right_TV.shape[1]]
-            torch.testing.assert_close(got_TV, right_TV, atol=tolerance, rtol=tolerance)
+            same(got_TV, right_TV, tolerance)
         # V before one token more is V after the whole row, where the reward model scores
         longer = lay([Answer(one.prompt, (*one.tokens, pad), True) for one in rows], pad)
         with roles.acting(Role.value) as model:
