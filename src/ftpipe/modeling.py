@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from ftpipe import home
 from ftpipe.architectures import refuse_foreign, refuse_unknown, without_class
-from ftpipe.choices import Attention, Dtype, Method, Precision
+from ftpipe.choices import Attention, Device, Dtype, Method, Precision
 from ftpipe.config import AdapterConfig, ModelConfig, RunConfig
 from ftpipe.errors import ConfigError, ModelError, nearest
 from ftpipe.pins import local_model
@@ -293,6 +293,11 @@ def _keep_trainable_layout(model: PreTrainedModel) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def device(cfg: RunConfig) -> torch.device:
+    """Return where a run computes, once ``launch.resolve_device`` has said so."""
+    return torch.device("cuda" if cfg.launch.device is Device.cuda else "cpu")
 
 
 def base_dtype(cfg: RunConfig) -> torch.dtype:

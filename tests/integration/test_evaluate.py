@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ import pytest
 from ftpipe import artifacts, cli
 from ftpipe.artifacts import Artifact
 from tests.chat_server import ChatServer, Reply, prompt
+from tests.processes import kill_workers, wait_until
 from tests.unit.evaluation.benchmarks import write_tables
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_proxy")]
@@ -338,9 +336,8 @@ def test_a_killed_run_repeats_no_call_and_ends_with_the_same_bytes(
         # in the answers, and in the judgements
         for name, enough in (("answers-base.jsonl", 4), ("journal.jsonl", 3)):
             process = subprocess.Popen(command(*given), stdout=subprocess.DEVNULL)
-            _wait_until(lambda name=name, enough=enough: journal(name) >= enough, process)  # type: ignore[misc]
-            for worker in _workers():
-                os.kill(worker, signal.SIGKILL)
+            wait_until(lambda name=name, enough=enough: journal(name) >= enough, process)  # type: ignore[misc]
+            kill_workers()
             process.send_signal(signal.SIGKILL)
             process.wait()
         finished, sent = journal("journal.jsonl"), Counter(chat.asked)
@@ -365,26 +362,3 @@ def test_a_killed_run_repeats_no_call_and_ends_with_the_same_bytes(
     assert names == others and len(names) > 6
     for name in sorted(names):
         assert (whole / name).read_bytes() == (killed / name).read_bytes(), name
-
-
-def _workers() -> list[int]:
-    """Return the ids of the ranks that work in this folder."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (entry / "cmdline").read_bytes().split(b"\0")
-            here = (entry / "cwd").resolve(strict=True) == Path.cwd().resolve()
-        except OSError:
-            continue
-        if here and b"ftpipe.worker" in words and int(entry.name) != os.getpid():
-            found.append(int(entry.name))
-    return found
-
-
-def _wait_until(holds: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
-    for _ in range(12000):
-        if holds():
-            return
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.01)
-    raise AssertionError("it took more than two minutes")

@@ -20,6 +20,7 @@ from ftpipe import artifacts, cli
 from ftpipe.choices import Device, Init, Precision
 from ftpipe.config import LaunchConfig, ModelConfig, RunConfig
 from tests.chat_server import ChatServer, Reply, evolver, prompt
+from tests.processes import kill_workers, wait_until
 
 KEY = "sk-PLANTED0planted1PLANTED2planted3"
 SEEDS = [
@@ -378,8 +379,8 @@ def test_killed_in_the_middle_it_repeats_no_finished_call_and_ends_with_the_same
         given = words(chat, f"evolve.concurrency={concurrency}")
         for enough in (5, 17):  # killed twice, in the first round and in the next
             process = subprocess.Popen(command(*given), stdout=subprocess.DEVNULL)
-            _wait_until(lambda enough=enough: len(journal()) >= enough, process)
-            _kill_worker(process)
+            wait_until(lambda enough=enough: len(journal()) >= enough, process)  # type: ignore[misc]
+            kill_workers()
             process.send_signal(signal.SIGKILL)
             process.wait()
             _wait_until_gone()
@@ -408,27 +409,6 @@ def test_a_server_that_is_not_there_is_one_sentence_and_leaves_nothing() -> None
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith(f"ftpipe: evolve.url={chat.url}: nothing answers there (ConnectError")
     assert not list(Path("outputs/artifacts").glob("evolve-*/"))
-
-
-def _wait_until(holds: Any, process: subprocess.Popen[bytes]) -> None:
-    for _ in range(6000):
-        if holds():
-            return
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.01)
-    raise AssertionError("it took more than a minute")
-
-
-def _kill_worker(process: subprocess.Popen[bytes]) -> None:
-    """Kill the rank itself without warning: only then is a line of its journal torn."""
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (entry / "cmdline").read_bytes().split(b"\0")
-            here = (entry / "cwd").resolve(strict=True) == Path.cwd().resolve()
-        except OSError:
-            continue
-        if here and int(entry.name) not in (os.getpid(), process.pid) and b"ftpipe.worker" in words:
-            os.kill(int(entry.name), signal.SIGKILL)
 
 
 def _wait_until_gone() -> None:

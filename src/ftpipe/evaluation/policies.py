@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from ftpipe import modeling, policy
 from ftpipe import tokenizer as tokenizers
 from ftpipe.artifacts import Artifact
-from ftpipe.choices import Device, Precision
+from ftpipe.choices import Precision
 from ftpipe.config import RunConfig
 from ftpipe.evaluate_config import BASE
 from ftpipe.policy import Incoming
@@ -120,7 +120,7 @@ class Loaded:
         """
         if self._model is None:
             model = as_it_came(self._cfg, self._start, self._tokenizer)
-            model = model.to(device(self._cfg)).eval()  # type: ignore[arg-type]
+            model = model.to(modeling.device(self._cfg)).eval()  # type: ignore[arg-type]
             ends = model.generation_config.eos_token_id
             model.generation_config = GenerationConfig(eos_token_id=ends)
             self._model = model
@@ -134,12 +134,8 @@ class Loaded:
             torch.cuda.empty_cache()
 
 
-def device(cfg: RunConfig) -> torch.device:
-    return torch.device("cuda" if cfg.launch.device is Device.cuda else "cpu")
-
-
 def autocast(cfg: RunConfig) -> Callable[[], AbstractContextManager[Any]]:
     """Return what makes the precision that the run trains in."""
-    precision, kind = cfg.launch.precision, device(cfg).type
+    precision, kind = cfg.launch.precision, modeling.device(cfg).type
     whole = precision is Precision.fp32
     return lambda: torch.autocast(kind, modeling.TORCH[precision], enabled=not whole)

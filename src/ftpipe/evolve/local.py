@@ -20,7 +20,7 @@ from transformers import (
 
 from ftpipe import determinism, modeling
 from ftpipe import tokenizer as tokenizers
-from ftpipe.choices import Device, Method
+from ftpipe.choices import Method
 from ftpipe.config import AdapterConfig, RunConfig
 from ftpipe.data.prompt import Endings
 from ftpipe.errors import ConfigError
@@ -216,7 +216,7 @@ class LocalModel(InMemory):
 def load(cfg: RunConfig, base: Path | None) -> PreTrainedModel:
     """Return the base model for generation, in the dtype of frozen weights and without an adapter."""
     model = modeling.load_base(replace(cfg, adapter=AdapterConfig(method=Method.lora)), base)
-    model.to("cuda" if cfg.launch.device is Device.cuda else "cpu")  # type: ignore[arg-type]
+    model.to(modeling.device(cfg))  # type: ignore[arg-type]
     model.eval()
     model.config.use_cache = True
     return model

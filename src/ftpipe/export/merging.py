@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ftpipe import modeling
-from ftpipe.choices import Device, Method
+from ftpipe.choices import Method
 from ftpipe.errors import ModelError
 from ftpipe.export import shards, source
 from ftpipe.export.source import Source
@@ -204,7 +204,7 @@ def merged(cfg: RunConfig, start: Incoming, dtype: torch.dtype, tokens: int) -> 
         frozen=modeling.base_dtype(cfg) if quantised else None,
         turned=turned,
         bits=bits,
-        device="cuda" if cfg.launch.device is Device.cuda else "cpu",
+        device=str(modeling.device(cfg)),
         vocabulary=grown,
     )
     text = config.get_text_config()

@@ -186,6 +186,22 @@ def _attention(keys: _Keys, bias: bool, out_bias: bool, within: str) -> tuple[in
     return key_heads, head, every
 
 
+def _decoder(keys: _Keys, **differs: Any) -> Shape:
+    """Return a shape whose keys and modules have the names that most architectures took from LLaMA."""
+    return Shape(
+        vocabulary=keys.of("vocab_size"),
+        hidden=keys.of("hidden_size"),
+        layers=keys.of("num_hidden_layers"),
+        heads=keys.of("num_attention_heads"),
+        inner=keys.of("intermediate_size"),
+        within="model.layers",
+        embedding="model.embed_tokens",
+        tied=keys.says("tie_word_embeddings"),
+        positions=keys.of("max_position_embeddings"),
+        **differs,
+    )
+
+
 def _llama(keys: _Keys, kind: str = "llama") -> Shape:
     """LLaMA and what is built as it: Mistral has no bias, Qwen2 has one on queries, keys and values."""
     hidden, inner = keys.of("hidden_size"), keys.of("intermediate_size")
@@ -197,22 +213,14 @@ def _llama(keys: _Keys, kind: str = "llama") -> Shape:
         Linear("mlp.up_proj", hidden, inner, mlp),
         Linear("mlp.down_proj", inner, hidden, mlp),
     ]
-    return Shape(
+    return _decoder(
+        keys,
         kind=kind,
-        vocabulary=keys.of("vocab_size"),
-        hidden=hidden,
-        layers=keys.of("num_hidden_layers"),
-        heads=keys.of("num_attention_heads"),
         key_heads=key_heads,
         head=head,
-        inner=inner,
         linears=tuple(linears),
         norms=2 * hidden,
         last=hidden,
-        within="model.layers",
-        embedding="model.embed_tokens",
-        tied=keys.says("tie_word_embeddings"),
-        positions=keys.of("max_position_embeddings"),
         rms=True,
         gated=True,
         dropout=(0.0, keys.number("attention_dropout")),
@@ -229,22 +237,14 @@ def _stablelm(keys: _Keys) -> Shape:
     ]
     parallel, heads = keys.says("use_parallel_residual"), keys.of("num_attention_heads")
     by_head = (heads + key_heads) * head if keys.says("qk_layernorm") else 0
-    return Shape(
+    return _decoder(
+        keys,
         kind="stablelm",
-        vocabulary=keys.of("vocab_size"),
-        hidden=hidden,
-        layers=keys.of("num_hidden_layers"),
-        heads=heads,
         key_heads=key_heads,
         head=head,
-        inner=inner,
         linears=tuple(linears),
         norms=(2 if parallel else 4) * hidden + by_head,
         last=2 * hidden,
-        within="model.layers",
-        embedding="model.embed_tokens",
-        tied=keys.says("tie_word_embeddings"),
-        positions=keys.of("max_position_embeddings"),
         gated=True,
         rotary="part",
         parallel=int(parallel),
@@ -259,22 +259,14 @@ def _starcoder2(keys: _Keys) -> Shape:
         Linear("mlp.c_fc", hidden, inner, bias),
         Linear("mlp.c_proj", inner, hidden, bias),
     ]
-    return Shape(
+    return _decoder(
+        keys,
         kind="starcoder2",
-        vocabulary=keys.of("vocab_size"),
-        hidden=hidden,
-        layers=keys.of("num_hidden_layers"),
-        heads=keys.of("num_attention_heads"),
         key_heads=key_heads,
         head=head,
-        inner=inner,
         linears=tuple(linears),
         norms=4 * hidden,
         last=2 * hidden,
-        within="model.layers",
-        embedding="model.embed_tokens",
-        tied=keys.says("tie_word_embeddings"),
-        positions=keys.of("max_position_embeddings"),
         dropout=(keys.number("residual_dropout"), keys.number("attention_dropout")),
     )
 

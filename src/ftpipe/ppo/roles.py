@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ftpipe import modeling, policy, sharding
-from ftpipe.choices import Algorithm, Device, Method, Precision, RewardKind, Strategy, ValueStart
+from ftpipe.choices import Algorithm, Method, Precision, RewardKind, Strategy, ValueStart
 from ftpipe.errors import ConfigError
 from ftpipe.launch_settings import in_force
 from ftpipe.logs import say
@@ -172,7 +172,7 @@ def load(cfg: RunConfig, inputs: Mapping[str, Artifact], tokenizer: PreTrainedTo
     """
     start = policy.incoming(cfg, inputs)
     policy.check_method(cfg, start)
-    device = torch.device("cuda" if cfg.launch.device is Device.cuda else "cpu")
+    device = modeling.device(cfg)
     rewarded = inputs["reward_model"].path if cfg.ppo.reward is RewardKind.model else None
     if cfg.adapter.method is Method.full:
         return _separate(cfg, start, tokenizer, rewarded, device)

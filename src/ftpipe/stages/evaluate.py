@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils.import_utils import enable_tf32
 
-from ftpipe import determinism, training
+from ftpipe import determinism, modeling, training
 from ftpipe.artifacts import Artifact, write_atomic
 from ftpipe.choices import Device, Part
 from ftpipe.config import RunConfig
@@ -296,7 +296,7 @@ class Work:
     def _rewards(self, folder: Path) -> dict[str, dict[Key, float]]:
         """Return the reward of each answer, by who gave it, and note those of the policies."""
         cfg = self.cfg
-        device = policies.device(cfg)
+        device = modeling.device(cfg)
         model = reward_model.load(
             folder,
             self.tokenizer,

@@ -15,7 +15,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from ftpipe import determinism, modeling, policy
 from ftpipe import tokenizer as tokenizers
 from ftpipe.artifacts import PARTIAL, Artifact
-from ftpipe.choices import Device, Dtype, Gguf, Precision
+from ftpipe.choices import Dtype, Gguf, Precision
 from ftpipe.config import RunConfig
 from ftpipe.errors import ModelError
 from ftpipe.export import card, chat, gguf_file, merging, ollama, parity, vocabulary
@@ -146,7 +146,7 @@ def _autocast(cfg: RunConfig) -> torch.dtype | None:
 def _placed(cfg: RunConfig, model: PreTrainedModel) -> PreTrainedModel:
     """Return a model ready to be asked, where ``launch.device`` says."""
     model.eval().requires_grad_(False)
-    return model.to("cuda") if cfg.launch.device is Device.cuda else model  # type: ignore[arg-type]
+    return model.to(modeling.device(cfg))  # type: ignore[arg-type, no-any-return]
 
 
 def _compare(cfg: RunConfig, held: Comparison, gguf: str | None = None) -> Parity:
