@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -36,13 +36,23 @@ def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterato
 
         yield from track(items, description=what, total=total, transient=True)
         return
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    of = f" of {total:,}" if total is not None else ""
     started = said = time.monotonic()
     for count, item in enumerate(items, start=1):
         yield item
         now = time.monotonic()
         if now - said > SECONDS_BETWEEN_LINES:
             said = now
-            say(f"{count:,} {what}, {count / (now - started):,.0f} a second")
+            say(f"{count:,}{of} {what}, {pace(count, now - started)}")
+
+
+def pace(count: int, seconds: float) -> str:
+    """Return how fast so many went in so many seconds: the slow ones by what each took."""
+    return (
+        f"{count / seconds:,.0f} a second" if count >= 2 * seconds else f"{seconds / count:,.1f} s each"
+    )
 
 
 def quiet_libraries() -> None:

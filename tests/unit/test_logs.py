@@ -75,5 +75,20 @@ def test_progress_in_a_log_is_a_line_now_and_then(
     list(logs.progress(range(1000), "rows"))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1000
-    assert lines[-1].startswith("1,000 rows, ")
+    assert lines[-1].startswith("1,000 of 1,000 rows, ")
     assert lines[-1].endswith(" a second")
+    list(logs.progress(iter("ab"), "rows"))
+    assert capsys.readouterr().out.startswith("1 rows, ")  # nobody knows of how many
+
+
+@pytest.mark.parametrize(
+    ("count", "seconds", "said"),
+    [
+        (17, 68.0, "4.0 s each"),
+        (3, 2.0, "0.7 s each"),
+        (4, 2.0, "2 a second"),
+        (9000, 2.0, "4,500 a second"),
+    ],
+)
+def test_what_is_slow_is_told_by_what_each_takes(count: int, seconds: float, said: str) -> None:
+    assert logs.pace(count, seconds) == said
