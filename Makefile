@@ -31,6 +31,14 @@ $(READY): $(LOCKED) pyproject.toml
 	  { echo "$$problems"; echo 'The lock files do not fit pyproject.toml: run make lock.'; exit 1; } >&2
 	@touch $@
 
+.PHONY: quantizer
+quantizer: ## build .venv-quantizer, which makes 4 bits by GPTQ and AWQ (export.quantize)
+quantizer: .venv-quantizer/.ready
+
+.venv-quantizer/.ready: $(READY) scripts/setup_quantizer.sh
+	@scripts/setup_quantizer.sh
+	@touch $@
+
 .PHONY: prepare evolve sft merge reward reference dpo ppo evaluate export run plan inspect submit
 prepare: ## turn a recipe's raw data into the dataset it trains on
 evolve: ## make instructions harder and rarer with a model (Evol-Instruct)
@@ -135,5 +143,5 @@ lock: ## resolve pyproject.toml into the lock files; args=--upgrade for newer ve
 lock: $(LOCKED)
 	$(BIN)/python scripts/lock.py $(ARGS)
 clean: ## remove .venv, caches and builds; outputs/ stays
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	rm -rf .venv .venv-quantizer .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

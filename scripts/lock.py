@@ -65,7 +65,7 @@ def resolve(upgrade: bool) -> Lock:
             known = [parse(path.read_text()) for path in (LOCK, CUDA_LOCK) if path.exists()]
             out.write_text("".join(f"{pin}\n" for locked in known for pin, _ in locked.values()))
         command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "pyproject.toml"]
-        for extra in ("dev", "eval", "gguf", "gpu", "serve"):
+        for extra in ("dev", "eval", "gguf", "gpu", "quantize", "serve"):
             command += ["--extra", extra]
         command += ["--universal", "--python-version", "3.11", "--fork-strategy", "fewest"]
         command += ["--generate-hashes", "--no-annotate", "--no-header", "--output-file", str(out)]

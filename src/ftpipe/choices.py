@@ -311,6 +311,13 @@ class Gguf(StrEnum):
     q4_0 = "q4_0"
 
 
+class Quantized(StrEnum):
+    """How llmcompressor finds the 4 bits of a matrix."""
+
+    gptq = "gptq"
+    awq = "awq"
+
+
 class State(StrEnum):
     """What lies at the place of an artifact."""
 

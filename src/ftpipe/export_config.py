@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from ftpipe.choices import Dtype, Gguf, Start
+from ftpipe.choices import Dtype, Gguf, Quantized, Start
 from ftpipe.errors import ConfigError, require
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 CONVERTED = (Gguf.f32, Gguf.f16, Gguf.bf16, Gguf.q8_0)  # what llama.cpp's own script writes
+GROUPS = (32, 64, 128)  # weights to a scale that vLLM's kernels know
 # A repository of the hub: two words of letters, digits, - _ . (huggingface_hub, validate_repo_id).
 REPOSITORY = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.ASCII)
 
@@ -28,6 +29,10 @@ class ExportConfig:
     min_agreement: float = 0.95  # share of tokens whose likeliest successor is the same
     gguf: list[Gguf] = field(default_factory=list)  # files for llama.cpp and Ollama to write besides
     converter: str | None = None  # llama.cpp's convert_hf_to_gguf.py writes them; null: ftpipe does
+    quantize: list[Quantized] = field(default_factory=list)  # folders in 4 bits to write besides
+    quantizer: str | None = None  # Python of an environment with llmcompressor; null: this one
+    group_size: int = 128  # inputs of a matrix that share a scale, in 4 bits
+    calibration_rows: int = 128  # training rows that gptq and awq look at, 512 tokens of each
     push: str | None = None  # user/name on the hub to upload to; the token is read from HF_TOKEN
     public: bool = False  # whether anybody may see what is uploaded
 
@@ -44,6 +49,7 @@ class ExportConfig:
         require(0 <= agreed <= 1, "export.min_agreement", agreed, "in [0, 1]")
         once = len(set(self.gguf)) == len(self.gguf)
         require(once, "export.gguf", [str(kind) for kind in self.gguf], "each type once")
+        self._check_quantised()
         if self.converter is not None:
             require(bool(self.gguf), "export.converter", self.converter, "null without export.gguf")
             able = all(kind in CONVERTED for kind in self.gguf)
@@ -54,6 +60,17 @@ class ExportConfig:
         require(
             not (self.public and self.push is None), "export.public", True, "false without export.push"
         )
+
+    def _check_quantised(self) -> None:
+        once = len(set(self.quantize)) == len(self.quantize)
+        require(once, "export.quantize", [str(kind) for kind in self.quantize], "each method once")
+        if self.quantizer is not None:
+            allowed = "null without export.quantize"
+            require(bool(self.quantize), "export.quantizer", self.quantizer, allowed)
+        allowed = ", ".join(map(str, GROUPS))
+        require(self.group_size in GROUPS, "export.group_size", self.group_size, allowed)
+        rows = self.calibration_rows
+        require(rows >= 1, "export.calibration_rows", rows, "at least 1")
 
 
 def shard_bytes(size: str) -> int | None:

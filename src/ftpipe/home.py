@@ -108,6 +108,7 @@ def _change(cfg: RunConfig, change: Callable[[str], str]) -> None:
     cfg.model.tokenizer = changed(cfg.model.tokenizer)
     cfg.evolve.seeds.path = changed(cfg.evolve.seeds.path)
     cfg.export.converter = changed(cfg.export.converter)
+    cfg.export.quantizer = changed(cfg.export.quantizer)
     cfg.launch.sharding.nvme = changed(cfg.launch.sharding.nvme)
     cfg.launch.slurm.venv = changed(cfg.launch.slurm.venv)
     for source in cfg.data.sources.values():

@@ -6,6 +6,8 @@ Answers without loading anything, so that `plan` can tell at once whether a file
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,6 +26,7 @@ BYTES = "bytes"  # model.tokenizer of this name is made by code
 WEIGHTS = ("*.safetensors",)
 TEXT_SUFFIXES = (".json", ".jsonl", ".csv")  # of data files
 SUFFIXES = (*TEXT_SUFFIXES, *(f"{suffix}.gz" for suffix in TEXT_SUFFIXES), ".parquet")
+QUANTIZING = ("llmcompressor", "compressed-tensors", "transformers", "torch")  # what decides the 4 bits
 TEXT_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")  # all that is not weights
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -335,6 +338,33 @@ def converter_pins(cfg: RunConfig, digests: Digests) -> dict[str, str]:
     return {"script": digests.of(script)}
 
 
+def quantizer_pins(cfg: RunConfig, digests: Digests) -> dict[str, str]:
+    """Return the versions of what is to quantise, as its own environment has them.
+
+    Raises:
+        ConfigError: if there is no such Python, or it has no llmcompressor.
+    """
+    if not cfg.export.quantize:
+        return {}
+    python = cfg.export.quantizer or sys.executable
+    asked = (
+        "import json, importlib.metadata as m; "
+        f"print(json.dumps({{name: m.version(name) for name in {QUANTIZING!r}}}))"
+    )
+    try:
+        done = subprocess.run([python, "-c", asked], capture_output=True, text=True, check=False)
+    except OSError:
+        raise ConfigError(
+            f"export.quantizer={python} is no Python; give that of an environment with llmcompressor."
+        ) from None
+    if done.returncode:
+        raise ConfigError(
+            f"export.quantize needs llmcompressor, which {python} does not have; make an environment "
+            "for it (make quantizer) and give its Python: export.quantizer=.venv-quantizer/bin/python."
+        )
+    return dict(json.loads(done.stdout))
+
+
 def hub_inputs(cfg: RunConfig) -> set[tuple[str, str, str]]:
     """Return kind (model or dataset), id and commit of each input that a commit is given for."""
     model, seeds, evaluate = cfg.model, cfg.evolve.seeds, cfg.evaluate
@@ -360,4 +390,5 @@ PINS: Mapping[str, Pin] = {
     "evaluation": evaluation_pins,
     "benchmarks": benchmark_pins,
     "converter": converter_pins,
+    "quantizer": quantizer_pins,
 }

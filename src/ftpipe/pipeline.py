@@ -249,7 +249,7 @@ STAGES = table(
             *("model.dtype", "model.attention", "model.trust_remote_code", "model.license", *QUANTIZED),
             "data.sources",
         ),
-        pins=("model", "tokenizer", "converter"),
+        pins=("model", "tokenizer", "converter", "quantizer"),
         unused=_unused_by_export,
     ),
 )
@@ -271,7 +271,7 @@ UNREAD_KEYS = (
     *("evaluate.judge.url", "evaluate.judge.api_key_env", "evaluate.generation_batch_size"),
     *(f"evaluate.judge.{key}" for key in ("concurrency", "timeout", "retries")),
     *("evaluate.harness.batch_size", "evaluate.mmlu.batch_size"),
-    *("export.push", "export.public", "export.converter"),
+    *("export.push", "export.public", "export.converter", "export.quantizer"),
 )
 
 

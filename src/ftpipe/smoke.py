@@ -105,8 +105,10 @@ def smoke_form(cfg: RunConfig) -> RunConfig:
     small.ppo.health.min_eos_rate = None  # and its answers end by chance alone
     small.reward.ensemble = min(small.reward.ensemble, 2)
     small.evaluate = small_evaluation(cfg.evaluate)
-    # GGUF has no form for a tokenizer of bytes, and nothing leaves the machine
+    # GGUF has no form for a tokenizer of bytes, llmcompressor is an environment of its own, and nothing
+    # leaves the machine
     small.export = replace(small.export, gguf=[], converter=None, push=None, public=False)
+    small.export = replace(small.export, quantize=[], quantizer=None)
     small.tracking = TrackingConfig()
     return small
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ftpipe import printing
 from ftpipe.artifacts import Artifact
+from ftpipe.choices import Quantized
 from ftpipe.config import RunConfig
 
 ADAPTER = "adapter_config.json"
@@ -106,11 +107,15 @@ def _export(metrics: Mapping[str, float]) -> list[str]:
     if "loss_delta" in metrics:
         lines += [f"held-out loss: moved by {metrics['loss_delta']:+.1e}"]
     lines += [
-        f"{name.removesuffix('_kl_mean') + '.gguf:':14} {value:.1e} nats per token from the policy"
+        f"{_file(name.removesuffix('_kl_mean')) + ':':14} {value:.1e} nats per token from the policy"
         for name, value in metrics.items()
         if name.endswith("_kl_mean")
     ]
     return lines
+
+
+def _file(kind: str) -> str:
+    return f"{kind}/" if kind in list(Quantized) else f"{kind}.gguf"
 
 
 def _reward(cfg: RunConfig, last: Artifact, run: Path) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from ftpipe import artifacts, cli, launch, worker
@@ -28,6 +29,9 @@ pytestmark = pytest.mark.slow
 SFT = ("sft.max_steps=4", "sft.samples=0", "sft.learning_rate=1e-2", "sft.eval_every=0")
 SHORT = ("recipe=tiny-export", *SFT, "launch.threads=1", "data.validation=4", "export.rows=3")
 NEW = ("data.template=oasst", "model.new_tokens=['<|prompter|>','<|assistant|>']")
+# made by: make quantizer
+QUANTIZER = Path(__file__).parents[2] / ".venv-quantizer" / "bin" / "python"
+FOUR_BITS = ("export.quantize=[gptq,awq]", "export.group_size=32", f"export.quantizer={QUANTIZER}")
 ROWS = [
     {"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"{n}!"}]}
     for n in range(24)
@@ -147,6 +151,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Artifa
             *("model.init=pretrained", "model.path=base", "model.tokenizer=null"),
             *("data=own", "data.sources.mine={format: messages, path: rows.jsonl}"),
             *("data.template=llama2", "export.max_shard_size=50KB", "export.gguf=[f16,q8_0,q4_0]"),
+            *(FOUR_BITS if QUANTIZER.exists() else ()),
         )
         yield made
 
@@ -154,14 +159,80 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Artifa
 def test_each_gguf_file_was_loaded_again_and_compared(world: dict[str, Artifact]) -> None:
     bundle = world["export"]
     told = json.loads((bundle.path / "parity.json").read_text())
-    assert list(told) == ["folder", "f16", "q8_0", "q4_0"]
-    apart = [told[kind]["kl_mean"] for kind in told]
+    assert list(told)[:4] == ["folder", "f16", "q8_0", "q4_0"]
+    apart = [told[kind]["kl_mean"] for kind in list(told)[:4]]
     assert apart == sorted(apart) and apart[1] > 1e-9 and apart[3] > 1e-4
     for kind in ("f16", "q8_0", "q4_0"):
         assert (bundle.path / f"tiny-export-{kind}.gguf").is_file()
         assert bundle.metrics[f"{kind}_kl_mean"] == told[kind]["kl_mean"]
     assert "FROM ./tiny-export-f16.gguf" in (bundle.path / "Modelfile").read_text()
     assert not list(bundle.path.glob(".*")) and not list(bundle.path.glob("*policy*"))
+
+
+def unpacked(file: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """Return a matrix of a file in 4 bits: 8 of them in an int32, the lowest first, 8 standing for 0.
+
+    compressed-tensors, compressors/pack_quantized (pack_to_int32).
+    """
+    packed, scale = file[f"{name}.weight_packed"], file[f"{name}.weight_scale"]
+    nibbles = (packed.unsqueeze(-1) >> torch.arange(0, 32, 4)) & 15
+    grouped = (nibbles.flatten(1) - 8).reshape(*scale.shape, -1)
+    return (grouped * scale.unsqueeze(-1)).flatten(1)
+
+
+def rounded(weight: torch.Tensor) -> torch.Tensor:
+    """Return a matrix rounded to the nearest of 16 steps for each 32 inputs, calibrated by nothing."""
+    groups = weight.reshape(len(weight), -1, 32)
+    scale = groups.abs().amax(-1, keepdim=True) / 7.5
+    return ((groups / scale).round().clamp(-8, 7) * scale).reshape_as(weight)
+
+
+@pytest.mark.skipif(not QUANTIZER.exists(), reason="no environment with llmcompressor: make quantizer")
+def test_four_bits_are_calibrated_and_compared(world: dict[str, Artifact]) -> None:
+    bundle = world["export"]
+    told = json.loads((bundle.path / "parity.json").read_text())
+    assert list(told)[4:] == ["gptq", "awq"]
+    whole = AutoModelForCausalLM.from_pretrained(str(bundle.path))
+    weights = whole.state_dict()
+    ids = [row["input_ids"] for row in table.read(world["prepare"].path, Use.demonstrations, Part.train)]
+
+    def apart(model: Any) -> float:
+        """Return the KL divergence of a model from the whole one on the rows trained on, nats."""
+        with torch.no_grad():
+            pairs = [
+                [one(input_ids=torch.tensor([row])).logits[0].log_softmax(-1) for one in (whole, model)]
+                for row in ids
+            ]
+        return float(torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in pairs]).mean())
+
+    plain = AutoModelForCausalLM.from_pretrained(str(bundle.path))
+    names = [name for name in weights if name.endswith("_proj.weight")]
+    assert len(names) == 14  # seven in each of two layers
+    plain.load_state_dict(weights | {name: rounded(weights[name]) for name in names})
+    for kind in ("gptq", "awq"):
+        assert bundle.metrics[f"{kind}_kl_mean"] == told[kind]["kl_mean"] > 1e-4
+        folder = bundle.path / kind
+        file = load_file(folder / "model.safetensors")
+        model = AutoModelForCausalLM.from_pretrained(str(folder))
+        again = {
+            name: unpacked(file, name.removesuffix(".weight")) if name in names else file[name]
+            for name in weights
+        }
+        written = AutoModelForCausalLM.from_pretrained(str(bundle.path))
+        written.load_state_dict(again)
+        torch.testing.assert_close(logits(model, 60), logits(written, 60), rtol=1e-4, atol=1e-4)
+        assert apart(model) < apart(plain), kind  # what calibration is for
+        assert AutoTokenizer.from_pretrained(str(folder)).chat_template == whole_template(bundle.path)
+    card = (bundle.path / "README.md").read_text()
+    assert "`PATH/gptq` is the same in 4 bits by GPTQ, one scale for 32 inputs" in card
+    assert "| awq/ |" in card
+    pins = bundle.manifest["decided_by"]["pins"]
+    assert pins["quantizer/llmcompressor"].startswith("0.14")
+
+
+def whole_template(folder: Path) -> str | None:
+    found: str | None = AutoTokenizer.from_pretrained(str(folder)).chat_template
+    return found
 
 
 def test_weights_are_in_shards_under_the_names_of_the_base(world: dict[str, Artifact]) -> None:

@@ -15,8 +15,9 @@ import yaml
 
 from ftpipe import __version__, artifacts, pins
 from ftpipe.artifacts import MANIFEST, Artifact
-from ftpipe.choices import Gguf, Init, Start
+from ftpipe.choices import Gguf, Init, Quantized, Start
 from ftpipe.config import RunConfig
+from ftpipe.export.compress import BITS
 from ftpipe.export.parity import Parity
 from ftpipe.samples import PREFIX
 from ftpipe.schema import recorded
@@ -34,6 +35,7 @@ class Told:
         bundle: the name of the artifact that it comes with.
         parity: how far its weights are from the policy.
         files: GGUF files by type, each with how far it is, where that was measured.
+        folders: in 4 bits by how they were found, each with how far it is.
         report: of the evaluation, where there is one.
     """
 
@@ -42,6 +44,7 @@ class Told:
     bundle: str
     parity: Parity
     files: Mapping[Gguf, tuple[str, Parity | None]] = field(default_factory=dict)
+    folders: Mapping[Quantized, Parity] = field(default_factory=dict)
 
     @property
     def report(self) -> Artifact | None:
@@ -103,7 +106,7 @@ def front_matter(told: Told) -> dict[str, Any]:
     method = [str(cfg.adapter.method)] if told.stages else []
     trained = [stage for stage in told.stages if stage in TRAINS]
     gguf = ["gguf"] if told.files else []
-    tags = ["ftpipe", *trained, *method, *gguf]
+    tags = ["ftpipe", *trained, *method, *gguf, *map(str, told.folders)]
     matter |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
     return matter
 
@@ -180,7 +183,17 @@ def _use(told: Told) -> list[str]:
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))\n```\n",
         f"Its chat template is the one it was trained with (`data.template={told.cfg.data.template}`). "
         f"[{NOTES}]({NOTES}) has the licences of what it was made from.\n",
+        *(_quantised(told, kind) for kind in told.folders),
     ]
+
+
+def _quantised(told: Told, kind: Quantized) -> str:
+    export = told.cfg.export
+    return (
+        f"`PATH/{kind}` is the same in {BITS} bits by {kind.upper()}, one scale for "
+        f"{export.group_size} inputs, calibrated on up to {export.calibration_rows:,} training rows. "
+        "vLLM reads it, and so does transformers where compressed-tensors is installed.\n"
+    )
 
 
 def _made(told: Told) -> list[str]:
@@ -250,6 +263,7 @@ def _same(told: Told) -> list[str]:
     for kind, (file, parity) in told.files.items():
         unknown = f"| {file} ({kind}) | not measured: transformers cannot load it | | | |"
         lines += [unknown if parity is None else _row(f"{file} ({kind})", parity)]
+    lines += [_row(f"{kind}/", parity) for kind, parity in told.folders.items()]
     return [*lines, ""]
 
 

@@ -14,7 +14,7 @@ from ftpipe.errors import ConfigError, UserError
 
 TOKEN = "HF_TOKEN"
 # What an earlier push left is deleted in the same commit: one file of weights is read before many.
-REPLACED = ("*.safetensors", "*.safetensors.index.json", "*.gguf", "Modelfile")
+REPLACED = ("*.safetensors", "*.safetensors.index.json", "*.gguf", "Modelfile", "gptq/*", "awq/*")
 KEPT = ("uncommitted.diff", ".*")  # of the folder, what is nobody else's business
 
 

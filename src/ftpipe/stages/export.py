@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +17,10 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from ftpipe import determinism, modeling, policy
 from ftpipe import tokenizer as tokenizers
 from ftpipe.artifacts import PARTIAL, Artifact
-from ftpipe.choices import Dtype, Gguf, Precision
+from ftpipe.choices import Dtype, Gguf, Precision, Quantized
 from ftpipe.config import RunConfig
 from ftpipe.errors import ModelError
-from ftpipe.export import card, chat, gguf_file, merging, ollama, parity, vocabulary
+from ftpipe.export import card, chat, gguf_file, merging, ollama, parity, quantized, vocabulary
 from ftpipe.export.parity import Parity, Row
 from ftpipe.export_config import shard_bytes
 from ftpipe.logs import say
@@ -44,7 +46,8 @@ def run(cfg: RunConfig, inputs: Mapping[str, Artifact], out: Path) -> dict[str, 
 
     Returns:
         ``kl_mean``, ``kl_p99``, ``kl_max`` (nats per token), ``agreement`` and, where rows with learned
-        tokens are held out, ``loss_delta``; for each GGUF file ``TYPE_kl_mean`` and ``TYPE_agreement``.
+        tokens are held out, ``loss_delta``; for each GGUF file ``TYPE_kl_mean`` and ``TYPE_agreement``,
+        and the same for each folder in 4 bits.
 
     Raises:
         ModelError: if the policy cannot be merged or written, or what came out is not the policy.
@@ -56,12 +59,14 @@ def run(cfg: RunConfig, inputs: Mapping[str, Artifact], out: Path) -> dict[str, 
     if cfg.export.gguf and cfg.export.converter is None:
         gguf_file.check(whole)  # before anything long
         vocabulary.of(tokenizer, whole.get_text_config().vocab_size)
+    dataset = inputs["dataset"].path if "dataset" in inputs else None
+    if cfg.export.quantize:
+        quantized.check(cfg, whole, dataset)
     ends = chat.ends(cfg.data.template, tokenizer)
     tokenizer.chat_template = chat.jinja(cfg.data.template, tokenizer)
     _write_model(held, start, tokenizer, ends, out)
 
-    dataset = inputs.get("dataset")
-    on, rows = parity.held_out(dataset.path if dataset else None, cfg.export.rows, len(tokenizer))
+    on, rows = parity.held_out(dataset, cfg.export.rows, len(tokenizer))
     shown = Comparison(rows, on, out)
     parity.remember(_as_trained(held, start, tokenizer), rows, out, _autocast(cfg))
     found = _compare(cfg, shown)
@@ -71,10 +76,14 @@ def run(cfg: RunConfig, inputs: Mapping[str, Artifact], out: Path) -> dict[str, 
         raise ModelError(refused)
 
     files = {kind: _write_gguf(cfg, out, kind, tokenizer, ends, shown) for kind in cfg.export.gguf}
+    folders = {kind: _quantise(cfg, dataset, kind, shown) for kind in cfg.export.quantize}
     parity.forget(out)
-    metrics = _metrics(found, files)
+    measured = {str(kind): one for kind, (_, one) in files.items()} | {
+        str(kind): one for kind, one in folders.items()
+    }
+    metrics = _metrics(found, measured)
     facts = {"folder": found.facts()} | {
-        str(kind): one.facts() if one else None for kind, (_, one) in files.items()
+        kind: one.facts() if one else None for kind, one in measured.items()
     }
     _text(out / PARITY, json.dumps(facts, indent=1) + "\n")
     if files:
@@ -83,7 +92,7 @@ def run(cfg: RunConfig, inputs: Mapping[str, Artifact], out: Path) -> dict[str, 
         words = ollama.modelfile(files[finest][0], cfg.data.template, tokenizer, generation)
         _text(out / MODELFILE, words)
     bundle = out.name.removesuffix(PARTIAL)
-    _text(out / card.CARD, card.card(card.Told(cfg, inputs, bundle, found, files)))
+    _text(out / card.CARD, card.card(card.Told(cfg, inputs, bundle, found, files, folders)))
     _text(out / card.NOTES, card.notes(cfg))
     return metrics
 
@@ -149,11 +158,12 @@ def _placed(cfg: RunConfig, model: PreTrainedModel) -> PreTrainedModel:
     return model.to(modeling.device(cfg))  # type: ignore[arg-type, no-any-return]
 
 
-def _compare(cfg: RunConfig, held: Comparison, gguf: str | None = None) -> Parity:
+def _compare(cfg: RunConfig, held: Comparison, gguf: str | None = None, folder: str = "") -> Parity:
     """Return how far what plain transformers loads from the folder is from what was remembered.
 
     Args:
         gguf: a GGUF file in the folder, in place of its safetensors.
+        folder: a folder in it, in place of it.
 
     Raises:
         ModelError: if it cannot be loaded.
@@ -163,10 +173,10 @@ def _compare(cfg: RunConfig, held: Comparison, gguf: str | None = None) -> Parit
     )
     code = {"trust_remote_code": cfg.model.trust_remote_code}
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(held.scratch), **code, **options)
+        model = AutoModelForCausalLM.from_pretrained(str(held.scratch / folder), **code, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = tokenizers.first_line(error)
-        raise ModelError(f"{gguf or held.scratch} cannot be loaded again: {reason}.") from None
+        raise ModelError(f"{gguf or held.scratch / folder} cannot be loaded again: {reason}.") from None
     return parity.compare(_placed(cfg, model), held.rows, held.scratch, held.on)
 
 
@@ -200,11 +210,21 @@ def _write_gguf(
     return file, found
 
 
-def _metrics(found: Parity, files: Mapping[Gguf, tuple[str, Parity | None]]) -> dict[str, float]:
+def _quantise(cfg: RunConfig, dataset: Path | None, kind: Quantized, held: Comparison) -> Parity:
+    """Write the folder in 4 bits; return how far it is from the policy, which is told and not judged."""
+    say(f"{kind}: llmcompressor calibrates on up to {cfg.export.calibration_rows:,} training rows")
+    folder = quantized.write(cfg, held.scratch, dataset, kind)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # its bars of progress
+        found = _compare(cfg, held, folder=folder)
+    say(f"{folder}/: KL {found.kl_mean:.1e} nats per token, same likeliest {found.agreement:.2%}")
+    return found
+
+
+def _metrics(found: Parity, others: Mapping[str, Parity | None]) -> dict[str, float]:
     metrics = {name: getattr(found, name) for name in ("kl_mean", "kl_p99", "kl_max", "agreement")}
     if found.loss_delta is not None:
         metrics["loss_delta"] = found.loss_delta
-    for kind, (_, one) in files.items():
+    for kind, one in others.items():
         if one is not None:
             metrics |= {f"{kind}_kl_mean": one.kl_mean, f"{kind}_agreement": one.agreement}
     return metrics

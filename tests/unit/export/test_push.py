@@ -134,6 +134,22 @@ def test_what_cannot_work_is_refused_before_anything_runs(monkeypatch: pytest.Mo
         (["export.converter=x.py"], "allowed: null without export.gguf"),
         (["export.converter=x.py", "export.gguf=[q4_0]"], "f32, f16, bf16, q8_0 with export.converter"),
         (["export.converter=x.py", "export.gguf=[f16]"], "export.converter=x.py is no file; give llama"),
+        (["export.quantize=[int4]"], "export.quantize[0]=int4 is not one of"),
+        (["export.quantize=[gptq,gptq]"], "allowed: each method once"),
+        (
+            ["export.quantizer=x"],
+            "export.quantizer=x is out of range; allowed: null without",
+        ),
+        (["export.group_size=16"], "export.group_size=16 is out of range; allowed: 32, 64, 128"),
+        (["export.calibration_rows=0"], "export.calibration_rows=0 is out of range"),
+        (
+            ["export.quantize=[awq]", "export.quantizer=/no/python"],
+            "export.quantizer=/no/python is no",
+        ),
+        (
+            ["export.quantize=[awq]", "export.quantizer=/bin/false"],
+            "llmcompressor, which /bin/false",
+        ),
         (
             ["adapter=full", "adapter.dora=true"],
             "adapter.dora=True is out of range; allowed: false with",

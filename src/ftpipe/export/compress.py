@@ -1,0 +1,78 @@
+"""Quantise a model folder by GPTQ or AWQ, through llmcompressor.
+
+Run by the Python of an environment that has llmcompressor, whose versions are not ftpipe's: it imports
+nothing of ftpipe. Standard input is a job as JSON: ``folder``, ``out``, ``kind`` (gptq or awq),
+``group``, ``rows`` (token ids), ``threads`` (null: torch decides), ``trust_remote_code``.
+
+GPTQ: arXiv:2210.17323. AWQ: arXiv:2306.00978. Both are symmetric here: transformers 5.23 cannot load the
+packed zero points that compressed-tensors 0.19 writes. Head and embeddings stay as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+BITS = 4
+
+
+def main() -> None:
+    """Quantise as the job on standard input says."""
+    job = json.load(sys.stdin)
+
+    import torch
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.pipelines.cache import IntermediatesCache
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if job["threads"] is not None:
+        torch.set_num_threads(job["threads"])
+    torch.manual_seed(0)
+    if not torch.accelerator.is_available():
+        # AWQ of 0.13 and 0.14 pins memory for a device even where there is none, and fails
+        IntermediatesCache.pin_memory = lambda *_, **__: None
+    code = {"trust_remote_code": job["trust_remote_code"]}
+    model = AutoModelForCausalLM.from_pretrained(job["folder"], dtype="auto", **code)
+    tokenizer = AutoTokenizer.from_pretrained(job["folder"])
+    last = model.get_output_embeddings()
+    head = [name for name, module in model.named_modules() if module is last]
+    longest = max(map(len, job["rows"]))
+    rows = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in job["rows"]]
+    oneshot(
+        model=model,
+        tokenizer=tokenizer,
+        dataset=Dataset.from_list(rows),
+        recipe=recipe(job["kind"], job["group"], head),
+        max_seq_length=longest,
+        num_calibration_samples=len(rows),
+        shuffle_calibration_samples=False,
+    )
+    model.save_pretrained(job["out"], save_compressed=True)
+    tokenizer.save_pretrained(job["out"])
+
+
+def recipe(kind: str, group: int, head: list[str]) -> list[Any]:
+    """Return the modifiers: 4 bits for each linear layer but the head, a scale for a group of inputs."""
+    from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
+    from llmcompressor.modifiers.transform.awq import AWQModifier
+
+    weights = {
+        "num_bits": BITS,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "group",
+        "group_size": group,
+    }
+    scheme = {
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": head,
+    }
+    if kind == "gptq":
+        return [GPTQModifier(**scheme)]
+    return [AWQModifier(duo_scaling="both"), QuantizationModifier(**scheme)]
+
+
+if __name__ == "__main__":
+    main()
