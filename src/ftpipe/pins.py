@@ -352,7 +352,7 @@ def quantizer_pins(cfg: RunConfig, digests: Digests) -> dict[str, str]:
         f"print(json.dumps({{name: m.version(name) for name in {QUANTIZING!r}}}))"
     )
     try:
-        done = subprocess.run([python, "-c", asked], capture_output=True, text=True, check=False)
+        done = subprocess.run([python, "-I", "-c", asked], capture_output=True, text=True, check=False)
     except OSError:
         raise ConfigError(
             f"export.quantizer={python} is no Python; give that of an environment with llmcompressor."

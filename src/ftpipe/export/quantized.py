@@ -26,6 +26,7 @@ from ftpipe.orphans import end_with_parent
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+ISOLATED = "-I"  # neither PYTHONPATH nor the modules beside the script are that environment's
 SCRIPT = Path(__file__).parent / "compress.py"
 
 
@@ -95,7 +96,7 @@ def write(cfg: RunConfig, folder: Path, dataset: Path | None, kind: Quantized) -
     }
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if cfg.launch.device is Device.cpu else {}
     done = subprocess.run(
-        [cfg.export.quantizer or sys.executable, str(SCRIPT)],
+        [cfg.export.quantizer or sys.executable, ISOLATED, str(SCRIPT)],
         input=json.dumps(job),
         env=os.environ | hidden,
         capture_output=True,

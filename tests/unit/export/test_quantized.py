@@ -48,7 +48,7 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> Path:
 def stand_in(folder: Path, *lines: str) -> str:
     """Write what takes the place of the environment's Python: it tells versions, or runs ``lines``."""
     path = folder / "python"
-    told = f"if [ \"$1\" = -c ]; then echo '{json.dumps(VERSIONS)}'; exit; fi"
+    told = f"if [ \"$2\" = -c ]; then echo '{json.dumps(VERSIONS)}'; exit; fi"
     path.write_text("\n".join(["#!/bin/sh", told, *lines, ""]))
     path.chmod(0o755)
     return str(path)
@@ -106,7 +106,7 @@ def test_it_is_given_the_rows_and_what_it_failed_by_is_said(
     cfg.export.quantizer = stand_in(
         tmp_path,
         f"cat > {tmp_path}/job.json",
-        f'echo "$CUDA_VISIBLE_DEVICES|$1" > {tmp_path}/seen',
+        f'echo "$CUDA_VISIBLE_DEVICES|$1 $2" > {tmp_path}/seen',
         "echo first >&2; echo 'no such layers.' >&2; exit 3",
     )
     with pytest.raises(ModelError) as caught:
@@ -115,7 +115,7 @@ def test_it_is_given_the_rows_and_what_it_failed_by_is_said(
     job = json.loads((tmp_path / "job.json").read_text())
     assert job["rows"] == [[1, 2, 0], [1, 2, 1], [1, 2, 2]]
     assert (job["kind"], job["group"], job["out"]) == ("awq", 32, str(tmp_path / "awq"))
-    assert (tmp_path / "seen").read_text() == f"|{quantized.SCRIPT}\n"  # no GPU is shown on a CPU
+    assert (tmp_path / "seen").read_text() == f"|-I {quantized.SCRIPT}\n"  # no GPU is shown on a CPU
     cfg.export.quantizer = stand_in(tmp_path, "cat > /dev/null")
     with pytest.raises(ModelError, match="failed: it wrote nothing"):
         quantized.write(cfg, tmp_path, rows, Quantized.awq)
