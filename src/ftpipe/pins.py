@@ -5,6 +5,7 @@ Answers without loading anything, so that `plan` can tell at once whether a file
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -27,6 +28,7 @@ WEIGHTS = ("*.safetensors",)
 TEXT_SUFFIXES = (".json", ".jsonl", ".csv")  # of data files
 SUFFIXES = (*TEXT_SUFFIXES, *(f"{suffix}.gz" for suffix in TEXT_SUFFIXES), ".parquet")
 QUANTIZING = ("llmcompressor", "compressed-tensors", "transformers", "torch")  # what decides the 4 bits
+ANSWERS = 60  # seconds that a Python may take to say its versions
 TEXT_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")  # all that is not weights
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -346,23 +348,37 @@ def quantizer_pins(cfg: RunConfig, digests: Digests) -> dict[str, str]:
     """
     if not cfg.export.quantize:
         return {}
+    if importlib.util.find_spec("compressed_tensors") is None:
+        raise ConfigError(
+            "export.quantize needs compressed-tensors, which loads the files again: "
+            "pip install 'ftpipe[quantize]'."
+        )
     python = cfg.export.quantizer or sys.executable
     asked = (
         "import json, importlib.metadata as m; "
         f"print(json.dumps({{name: m.version(name) for name in {QUANTIZING!r}}}))"
     )
     try:
-        done = subprocess.run([python, "-I", "-c", asked], capture_output=True, text=True, check=False)
-    except OSError:
+        done = subprocess.run(
+            [python, "-I", "-c", asked],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=ANSWERS,
+            check=False,
+        )
+        told = json.loads((done.stdout.strip().splitlines() or ["{}"])[-1])
+    except (OSError, ValueError, subprocess.TimeoutExpired):
         raise ConfigError(
             f"export.quantizer={python} is no Python; give that of an environment with llmcompressor."
         ) from None
-    if done.returncode:
+    if done.returncode or not isinstance(told, dict) or set(told) != set(QUANTIZING):
         raise ConfigError(
             f"export.quantize needs llmcompressor, which {python} does not have; make an environment "
             "for it (make quantizer) and give its Python: export.quantizer=.venv-quantizer/bin/python."
         )
-    return dict(json.loads(done.stdout))
+    return told
 
 
 def hub_inputs(cfg: RunConfig) -> set[tuple[str, str, str]]:

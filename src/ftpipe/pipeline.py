@@ -106,9 +106,11 @@ def _unused_by_evaluate(cfg: RunConfig) -> Collection[str]:
 def _unused_by_export(cfg: RunConfig) -> Collection[str]:
     # a policy comes with its tokenizer, and what it was made of is in its fingerprint
     own = ("model", "tokenizer") if cfg.export.start is Start.policy else ("adapter.dtype",)
-    return (*_unused_by_start(cfg.export.start), *own)
+    whole = () if cfg.export.quantize else QUANTIZING
+    return (*_unused_by_start(cfg.export.start), *own, *whole)
 
 
+QUANTIZING = ("export.quantize", "export.group_size", "export.calibration_rows", "quantizer")
 # Whether the base is in 4 bits, and how: all that an adapter's settings say of a model as it comes in.
 QUANTIZED = ("adapter.method", "adapter.quantization", "adapter.double_quantization")
 
@@ -487,12 +489,14 @@ def read_keys(cfg: RunConfig, stage: Stage) -> dict[str, Any]:
     flat = dict(_flatten(plain(cfg)))
     if cfg.model.init is Init.pretrained:  # then the architecture only tells smoke what to shrink
         flat = {key: value for key, value in flat.items() if key[:19] != "model.architecture."}
-    reads = [read for read in stage.reads if read not in stage.unused(cfg)]
+    unused = stage.unused(cfg)
+    reads = [read for read in stage.reads if read not in unused]
     return {
         key: value
         for key, value in flat.items()
         if any(key == read or key.startswith(f"{read}.") for read in reads)
         and key not in UNREAD_KEYS
+        and key not in unused
         and not is_pinned(key)
         # a licence is written into what is exported, and decides no weight
         and (stage.makes == "bundle" or not key.endswith(".license"))

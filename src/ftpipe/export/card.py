@@ -190,9 +190,9 @@ def _use(told: Told) -> list[str]:
 def _quantised(told: Told, kind: Quantized) -> str:
     export = told.cfg.export
     return (
-        f"`PATH/{kind}` is the same in {BITS} bits by {kind.upper()}, one scale for "
-        f"{export.group_size} inputs, calibrated on up to {export.calibration_rows:,} training rows. "
-        "vLLM reads it, and so does transformers where compressed-tensors is installed.\n"
+        f"`{kind}/` is the same in {BITS} bits by {kind.upper()}, a scale for {export.group_size} "
+        f"inputs, calibrated on up to {export.calibration_rows:,} training rows. vLLM serves it; "
+        f'transformers loads it by `subfolder="{kind}"` where compressed-tensors is installed.\n'
     )
 
 

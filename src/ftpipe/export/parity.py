@@ -78,20 +78,28 @@ def held_out(dataset: Path | None, most: int, tokens: int) -> tuple[str, list[Ro
     """
     for part in (Part.test, Part.validation) if dataset is not None else ():
         assert dataset is not None
-        use, found = first_rows(dataset, part, most)
+        use, found = some_rows(dataset, part, most)
         if found:
             return f"{use}/{part}", found
     drawn = torch.randint(tokens, (PROBES, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
     return "probes", [Row(ids, [IGNORED] * len(ids)) for ids in drawn.tolist()]
 
 
-def first_rows(dataset: Path, part: Part, most: int) -> tuple[Use | None, list[Row]]:
-    """Return the use that a part of a dataset has rows for, and the first of them, cut to ``TOKENS``."""
+def some_rows(
+    dataset: Path, part: Part, most: int, spread: bool = False
+) -> tuple[Use | None, list[Row]]:
+    """Return the use that a part of a dataset has rows for, and some of them, cut to ``TOKENS``.
+
+    Args:
+        spread: take them evenly from first to last; else the first.
+    """
     for use in Use:
         if not table.place(dataset, use, part).is_file():
             continue
         rows = table.read(dataset, use, part)
-        found = [_row(use, row) for row in rows.select(range(min(most, len(rows))))]
+        count = min(most, len(rows))
+        at = [number * len(rows) // count for number in range(count)] if spread else range(count)
+        found = [_row(use, row) for row in rows.select(at)]
         found = [row for row in found if len(row.ids) > 1]  # one token has no successor
         if found:
             return use, found

@@ -17,7 +17,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from ftpipe import determinism, modeling, policy
 from ftpipe import tokenizer as tokenizers
 from ftpipe.artifacts import PARTIAL, Artifact
-from ftpipe.choices import Dtype, Gguf, Precision, Quantized
+from ftpipe.choices import Dtype, Gguf, Precision
 from ftpipe.config import RunConfig
 from ftpipe.errors import ModelError
 from ftpipe.export import card, chat, gguf_file, merging, ollama, parity, quantized, vocabulary
@@ -60,8 +60,7 @@ def run(cfg: RunConfig, inputs: Mapping[str, Artifact], out: Path) -> dict[str, 
         gguf_file.check(whole)  # before anything long
         vocabulary.of(tokenizer, whole.get_text_config().vocab_size)
     dataset = inputs["dataset"].path if "dataset" in inputs else None
-    if cfg.export.quantize:
-        quantized.check(cfg, whole, dataset)
+    matrices = quantized.check(cfg, whole, dataset) if cfg.export.quantize else 0
     ends = chat.ends(cfg.data.template, tokenizer)
     tokenizer.chat_template = chat.jinja(cfg.data.template, tokenizer)
     _write_model(held, start, tokenizer, ends, out)
@@ -76,7 +75,10 @@ def run(cfg: RunConfig, inputs: Mapping[str, Artifact], out: Path) -> dict[str, 
         raise ModelError(refused)
 
     files = {kind: _write_gguf(cfg, out, kind, tokenizer, ends, shown) for kind in cfg.export.gguf}
-    folders = {kind: _quantise(cfg, dataset, kind, shown) for kind in cfg.export.quantize}
+    folders = {
+        kind: _quantise(cfg, quantized.write(cfg, out, dataset, kind, matrices), shown)
+        for kind in cfg.export.quantize
+    }
     parity.forget(out)
     measured = {str(kind): one for kind, (_, one) in files.items()} | {
         str(kind): one for kind, one in folders.items()
@@ -172,11 +174,17 @@ def _compare(cfg: RunConfig, held: Comparison, gguf: str | None = None, folder: 
         {"use_safetensors": True} if gguf is None else {"gguf_file": gguf, "dtype": torch.float32}
     )
     code = {"trust_remote_code": cfg.model.trust_remote_code}
+    what = gguf or held.scratch / folder
+    if folder:
+        options["output_loading_info"] = True
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(held.scratch / folder), **code, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = tokenizers.first_line(error)
-        raise ModelError(f"{gguf or held.scratch / folder} cannot be loaded again: {reason}.") from None
+        loaded: Any = AutoModelForCausalLM.from_pretrained(str(held.scratch / folder), **code, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError) as error:
+        raise ModelError(f"{what} cannot be loaded again: {tokenizers.first_line(error)}.") from None
+    model, told = loaded if folder else (loaded, {"missing_keys": (), "unexpected_keys": ()})
+    astray = sorted({*told["missing_keys"], *told["unexpected_keys"]})
+    if astray:
+        raise ModelError(f"{what} cannot be loaded again: {astray[0]} is not where transformers has it.")
     return parity.compare(_placed(cfg, model), held.rows, held.scratch, held.on)
 
 
@@ -210,10 +218,8 @@ def _write_gguf(
     return file, found
 
 
-def _quantise(cfg: RunConfig, dataset: Path | None, kind: Quantized, held: Comparison) -> Parity:
-    """Write the folder in 4 bits; return how far it is from the policy, which is told and not judged."""
-    say(f"{kind}: llmcompressor calibrates on up to {cfg.export.calibration_rows:,} training rows")
-    folder = quantized.write(cfg, held.scratch, dataset, kind)
+def _quantise(cfg: RunConfig, folder: str, held: Comparison) -> Parity:
+    """Return how far the folder in 4 bits is from the policy, which is told and not judged."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # its bars of progress
         found = _compare(cfg, held, folder=folder)
     say(f"{folder}/: KL {found.kl_mean:.1e} nats per token, same likeliest {found.agreement:.2%}")

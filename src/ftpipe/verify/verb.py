@@ -24,7 +24,8 @@ from ftpipe.verify.findings import Report
 FLAGS, VALUES = ("--full", "--json", "--write"), ("--steps", "--stage", "--scratch")
 RECIPE, OUTPUT = "recipe=", "output="
 OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=.*", re.DOTALL)  # not ./a=b
-OWN = "launch."  # what a machine may ask for, without it being another run
+# What a machine may ask for, without it being another run; the last two lie elsewhere on another one.
+OWN = ("launch.", "export.converter=", "export.quantizer=")
 
 
 @dataclass(frozen=True)
@@ -124,11 +125,10 @@ def _options(words: Sequence[str]) -> tuple[list[str], defaultdict[str, list[str
 
 
 def _checked(word: str) -> str:
-    key = word.partition("=")[0]
-    if not key.startswith(OWN):
+    if not word.startswith(OWN):
         raise ConfigError(
-            f"{key} is the run's own, and another value makes another run; verify takes keys of launch "
-            "alone, such as launch.processes=1."
+            f"{word.partition('=')[0]} is the run's own, and another value makes another run; verify "
+            "takes keys of launch, such as launch.processes=1, export.converter and export.quantizer."
         )
     return word
 

@@ -124,6 +124,21 @@ def test_rows_are_those_of_the_test_part_then_of_what_is_held_out(tmp_path: Path
     assert parity.held_out(None, 5, 40)[0] == "probes"
 
 
+def test_spread_rows_reach_the_last_source(tmp_path: Path) -> None:
+    rows = [{"input_ids": [number, 1], "labels": [number, 1]} for number in range(10)]
+    write(tmp_path, Use.demonstrations, Part.train, rows)
+
+    def taken(most: int, spread: bool) -> list[int]:
+        use, found = parity.some_rows(tmp_path, Part.train, most, spread)
+        assert use is Use.demonstrations
+        return [row.ids[0] for row in found]
+
+    assert taken(4, spread=False) == [0, 1, 2, 3]
+    assert taken(4, spread=True) == [0, 2, 5, 7]
+    assert taken(99, spread=True) == list(range(10))
+    assert parity.some_rows(tmp_path, Part.test, 4) == (None, [])
+
+
 @pytest.mark.parametrize(
     ("use", "row", "labels"),
     [

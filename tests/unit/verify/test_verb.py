@@ -16,6 +16,7 @@ def test_words_are_read() -> None:
     assert asked.run == Path("outputs/runs/a")
     assert (asked.steps, asked.stages, asked.as_json, asked.full) == (5, ("sft", "dpo"), True, False)
     assert parse(["a", "--full", "launch.processes=2"]).overrides == ("launch.processes=2",)
+    assert parse(["a", "export.quantizer=v/bin/python"]).overrides == ("export.quantizer=v/bin/python",)
     asked = parse(["recipe=tiny", "--write"])
     assert (asked.run, asked.recipe, asked.write) == (None, "tiny", True)
 
