@@ -14,7 +14,8 @@ import pytest
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 RESULT = BENCHMARKS / "results" / "memory-cpu.json"
 BOUND = 0.1
-SMALL = ("sft-full-8bit", "sft-qlora-checkpointing", "reward-full")
+# Those that take a minute where products in bf16 are emulated; the record has all 23.
+SMALL = ("sft-full-8bit", "sft-full-fp32")
 
 
 @pytest.fixture(scope="module")
