@@ -28,6 +28,7 @@ WEIGHTS = ("*.safetensors",)
 TEXT_SUFFIXES = (".json", ".jsonl", ".csv")  # of data files
 SUFFIXES = (*TEXT_SUFFIXES, *(f"{suffix}.gz" for suffix in TEXT_SUFFIXES), ".parquet")
 QUANTIZING = ("llmcompressor", "compressed-tensors", "transformers", "torch")  # what decides the 4 bits
+WHOLE = {"sft", "merge", "reward", "reference", "dpo", "ppo", "export"}  # stages that need whole weights
 ANSWERS = 60  # seconds that a Python may take to say its versions
 TEXT_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")  # all that is not weights
 TOKENIZER_FILES = (
@@ -241,11 +242,21 @@ def exists(path: Path) -> bool:
         raise DataError(f"{str(path)[:80]} cannot be looked at ({error.strerror}).") from None
 
 
+def _packed(config: Path) -> bool:
+    """Whether a model's weights are packed as `export.quantize` leaves them."""
+    try:
+        told = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # said where it is loaded
+        return False
+    how = told.get("quantization_config") if isinstance(told, dict) else None
+    return isinstance(how, dict) and how.get("quant_method") == "compressed-tensors"
+
+
 def model_pins(cfg: RunConfig, digests: Digests) -> dict[str, str]:
     """Return what decides the base model: a commit, file digests, or the random architecture.
 
     Raises:
-        ModelError: if a local folder holds no safetensors weights or no config.
+        ModelError: if a local folder holds no safetensors weights or no config, or is in 4 bits.
         ConfigError: if a hub id has no pinned revision.
     """
     model = cfg.model
@@ -269,6 +280,11 @@ def model_pins(cfg: RunConfig, digests: Digests) -> dict[str, str]:
         raise ModelError(
             f"model.path={model.path} holds no *.safetensors weights"
             + (f" (only {other[0]}, which is not loaded: it can run code)." if other else ".")
+        )
+    if _packed(path / "config.json") and WHOLE & set(cfg.stages):
+        raise ModelError(
+            f"model.path={model.path} is in 4 bits of compressed-tensors, on which nothing is trained; "
+            "give the folder that it was made from."
         )
     others = [path / "config.json", *path.glob("generation_config.json"), *sorted(path.glob("*.py"))]
     return {file.name: digests.of(file) for file in (*others, *weights)}

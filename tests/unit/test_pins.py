@@ -339,6 +339,17 @@ def test_pickled_weights_are_refused_by_name(cfg: RunConfig, folder: Path, name:
     )
 
 
+def test_four_bits_are_measured_and_nothing_is_trained_on_them(cfg: RunConfig, folder: Path) -> None:
+    cfg.model = ModelConfig(path="base")
+    packed = {"quantization_config": {"quant_method": "compressed-tensors"}}
+    (folder / "config.json").write_text(json.dumps(packed), encoding="utf-8")
+    cfg.stages = ["evaluate"]
+    assert set(model_pins(cfg, Digests())) == {"config.json", "model.safetensors"}
+    cfg.stages = ["prepare", "sft"]
+    with pytest.raises(ModelError, match=r"^model\.path=base is in 4 bits of compressed-tensors, on wh"):
+        model_pins(cfg, Digests())
+
+
 def test_a_folder_without_weights_or_configuration_is_no_model(cfg: RunConfig, folder: Path) -> None:
     cfg.model = ModelConfig(path="base")
     (folder / "model.safetensors").unlink()
