@@ -106,11 +106,12 @@ def _unused_by_evaluate(cfg: RunConfig) -> Collection[str]:
 def _unused_by_export(cfg: RunConfig) -> Collection[str]:
     # a policy comes with its tokenizer, and what it was made of is in its fingerprint
     own = ("model", "tokenizer") if cfg.export.start is Start.policy else ("adapter.dtype",)
-    whole = () if cfg.export.quantize else QUANTIZING
+    whole = () if cfg.export.quantize else FOUR_BITS
     return (*_unused_by_start(cfg.export.start), *own, *whole)
 
 
-QUANTIZING = ("export.quantize", "export.group_size", "export.calibration_rows", "quantizer")
+# What export.quantize alone makes use of.
+FOUR_BITS = ("export.quantize", "export.group_size", "export.calibration_rows", "quantizer")
 # Whether the base is in 4 bits, and how: all that an adapter's settings say of a model as it comes in.
 QUANTIZED = ("adapter.method", "adapter.quantization", "adapter.double_quantization")
 

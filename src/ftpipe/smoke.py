@@ -107,8 +107,9 @@ def smoke_form(cfg: RunConfig) -> RunConfig:
     small.evaluate = small_evaluation(cfg.evaluate)
     # GGUF has no form for a tokenizer of bytes, llmcompressor is an environment of its own, and nothing
     # leaves the machine
-    small.export = replace(small.export, gguf=[], converter=None, push=None, public=False)
-    small.export = replace(small.export, quantize=[], quantizer=None)
+    small.export = replace(
+        small.export, gguf=[], converter=None, quantize=[], quantizer=None, push=None, public=False
+    )
     small.tracking = TrackingConfig()
     return small
 

@@ -8,7 +8,6 @@ embeddings and head have 8, since an error there reaches every token; llama.cpp 
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import torch
 
 from ftpipe.choices import Gguf
 from ftpipe.errors import ModelError
-from ftpipe.export import source, vocabulary
+from ftpipe.export import program, source, vocabulary
 from ftpipe.export.source import Source
 from ftpipe.policy import Incoming
 
@@ -194,12 +193,14 @@ def convert(script: Path, folder: Path, file: Path, kind: Gguf) -> None:
 
     Raises:
         ModelError: with its last words, if it fails.
+        NoRoom: if the disk is full.
     """
     command = [sys.executable, str(script), str(folder), "--outfile", str(file), "--outtype", str(kind)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode or not file.is_file():
-        words = (done.stderr.strip().splitlines() or ["it wrote nothing"])[-1]
-        raise ModelError(f"export.converter={script} failed: {words}.")
+    why = program.failure(command, folder)
+    if why is None and not file.is_file():
+        why = "it wrote nothing"
+    if why is not None:
+        raise ModelError(f"export.converter={script} failed: {why}.")
 
 
 def readable(config: PreTrainedConfig) -> bool:

@@ -9,12 +9,16 @@ from __future__ import annotations
 import os
 
 from ftpipe.artifacts import Artifact
+from ftpipe.choices import Quantized
 from ftpipe.config import RunConfig
 from ftpipe.errors import ConfigError, UserError
 
 TOKEN = "HF_TOKEN"
 # What an earlier push left is deleted in the same commit: one file of weights is read before many.
-REPLACED = ("*.safetensors", "*.safetensors.index.json", "*.gguf", "Modelfile", "gptq/*", "awq/*")
+REPLACED = (
+    *("*.safetensors", "*.safetensors.index.json", "*.gguf", "Modelfile"),
+    *(f"{kind}/*" for kind in Quantized),
+)
 KEPT = ("uncommitted.diff", ".*")  # of the folder, what is nobody else's business
 
 

@@ -8,25 +8,19 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
-from ftpipe import room
 from ftpipe.choices import Determinism, Device, Part, Quantized
 from ftpipe.config import RunConfig
 from ftpipe.errors import ModelError
-from ftpipe.export import parity, source
+from ftpipe.export import parity, program, source
 from ftpipe.export_config import GROUPS
-from ftpipe.orphans import end_with_parent
 from ftpipe.pins import TOKENIZER_FILES
 
 if TYPE_CHECKING:
@@ -119,7 +113,8 @@ def write(cfg: RunConfig, folder: Path, dataset: Path | None, kind: Quantized, m
         "trust_remote_code": cfg.model.trust_remote_code,
     }
     why = _failure(cfg, job, folder)
-    packed = sum(_packed(file) for file in out.glob("*.safetensors"))
+    files = source.listed([str(file) for file in out.glob("*.safetensors")]).files
+    packed = sum(name.endswith(".weight_packed") for name in files)
     if why is None and packed != matrices:
         why = f"it packed {packed:,} of {matrices:,} matrices"
     if why is not None:
@@ -144,27 +139,5 @@ def _failure(cfg: RunConfig, job: dict[str, Any], folder: Path) -> str | None:
         gc.collect()
         torch.cuda.empty_cache()
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if cfg.launch.device is Device.cpu else {}
-    done = subprocess.run(
-        [cfg.export.quantizer or sys.executable, ISOLATED, str(SCRIPT)],
-        input=json.dumps(job),
-        env=os.environ | hidden,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=False,
-        preexec_fn=end_with_parent,
-    )
-    if done.returncode == 0:
-        return None
-    if any(words in done.stderr for words in room.SAYS):
-        raise room.NoRoom(folder)
-    if done.returncode < 0:
-        killed = signal.Signals(-done.returncode).name
-        return f"it was ended by {killed}; the system does so where memory is short"
-    return (done.stderr.strip().splitlines() or ["it says no more"])[-1]
-
-
-def _packed(file: Path) -> int:
-    """Return how many matrices in 4 bits a file holds."""
-    with safe_open(file, "pt") as opened:
-        return sum(name.endswith(".weight_packed") for name in opened.keys())  # noqa: SIM118
+    command = [cfg.export.quantizer or sys.executable, ISOLATED, str(SCRIPT)]
+    return program.failure(command, folder, json.dumps(job), hidden)

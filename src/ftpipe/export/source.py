@@ -70,10 +70,15 @@ def opened(start: Incoming) -> Source:
     missing = [name for name, path in zip(names, found, strict=True) if path is None]
     if missing:
         raise ModelError(f"{start.weights} has no {missing[0]}; weights have to be in safetensors.")
-    return _listed([path for path in found if path is not None])
+    return listed([path for path in found if path is not None])
 
 
-def _listed(paths: list[str]) -> Source:
+def listed(paths: list[str]) -> Source:
+    """Return where each tensor of safetensors files lies, and its size.
+
+    Raises:
+        ModelError: if one cannot be read.
+    """
     files, sizes = {}, {}
     with ExitStack() as stack:
         for path in paths:

@@ -76,13 +76,12 @@ def run(cfg: RunConfig, inputs: Mapping[str, Artifact], out: Path) -> dict[str, 
 
     files = {kind: _write_gguf(cfg, out, kind, tokenizer, ends, shown) for kind in cfg.export.gguf}
     folders = {
-        kind: _quantise(cfg, quantized.write(cfg, out, dataset, kind, matrices), shown)
+        kind: _compare_packed(cfg, quantized.write(cfg, out, dataset, kind, matrices), shown)
         for kind in cfg.export.quantize
     }
     parity.forget(out)
-    measured = {str(kind): one for kind, (_, one) in files.items()} | {
-        str(kind): one for kind, one in folders.items()
-    }
+    measured = {str(kind): one for kind, (_, one) in files.items()}
+    measured |= {str(kind): one for kind, one in folders.items()}
     metrics = _metrics(found, measured)
     facts = {"folder": found.facts()} | {
         kind: one.facts() if one else None for kind, one in measured.items()
@@ -218,7 +217,7 @@ def _write_gguf(
     return file, found
 
 
-def _quantise(cfg: RunConfig, folder: str, held: Comparison) -> Parity:
+def _compare_packed(cfg: RunConfig, folder: str, held: Comparison) -> Parity:
     """Return how far the folder in 4 bits is from the policy, which is told and not judged."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # its bars of progress
         found = _compare(cfg, held, folder=folder)
